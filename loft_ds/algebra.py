@@ -1,0 +1,88 @@
+"""Section 3 of the LoFT paper (arXiv 2505.21289) as pure functions on rows.
+
+Both factors of ``W = W0 + s * B @ A`` are treated alike, as *feature rows*:
+
+======  ====================  ============================  ======================
+factor  its rows ``X`` (k, r)  the other's rows ``T`` (l, r)  row gradient ``G`` (k, r)
+======  ====================  ============================  ======================
+``A``   ``A.T``, k = n        ``s * B``, l = m              ``A.grad.T``
+``B``   ``B``, k = m          ``s * A.T``, l = n            ``B.grad``
+======  ====================  ============================  ======================
+
+The state lives in *orthonormal coordinates* of ``T``: with ``Q = T @ H`` orthonormal, momentum and
+second moment are those of ``g = G @ H``. On paper this is the published method, which keeps them for
+``G @ inv(T.T @ T)``; in float32 it is the difference between following AdamW and not, because no
+inverse of a Gram matrix is ever formed and the calibration ``R = Q_prev.T @ Q`` is a contraction.
+
+Nothing here knows of torch.distributed, DeepSpeed or PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Directions of T whose squared length is below this part of the largest are noise in float64 and are dropped.
+RANK_TOLERANCE = 1e-14
+
+
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in float64, (r, r), of two row blocks (k, r).
+
+    float64 because its eigenvalues are squared singular values: in float32 every direction of ``T``
+    shorter than 3e-4 of the longest would be lost.
+    """
+    return left.double().T @ right.double()
+
+
+def orthonormal_basis(grams: Tensor) -> Tensor:
+    """``H`` (..., r, r) with ``T @ H`` orthonormal, from the Gram matrices ``T.T @ T`` (..., r, r) in float64.
+
+    Columns that belong to directions ``T`` does not have are zero, so that at PEFT's ``B = 0`` all of ``H`` is.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(grams)
+    kept = eigenvalues > RANK_TOLERANCE * eigenvalues[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    lengths = torch.where(kept, eigenvalues, 1.0).rsqrt()
+    return vectors * torch.where(kept, lengths, 0.0).unsqueeze(-2)
+
+
+def unscaled_basis(basis: Tensor) -> Tensor:
+    """``C @ H`` (r, r) from ``H`` alone: ``G @ C @ H`` are the coordinates of an *unscaled* gradient ``G``.
+
+    ``H = E @ diag(l) ** -0.5`` and ``C @ H = E @ diag(l) ** 0.5``, so each column is divided by its squared length.
+    """
+    squared = basis.square().sum(dim=-2, keepdim=True)
+    return torch.where(squared > 0, basis / torch.where(squared > 0, squared, 1.0), 0.0)
+
+
+def cauchy_schwarz_bound(beta1: float, beta2: float) -> float:
+    """``rho`` of ``|M_ij| <= rho * sqrt(V_ij)``, both before bias correction; infinite where no bound exists.
+
+    Holds for any two exponential averages of the same sequence and its square. Rounding can break it where
+    ``V`` is tiny, and then a division by ``eps`` would follow; clamping changes nothing in exact arithmetic.
+    """
+    if beta1**2 >= beta2:
+        return math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+
+
+def adamw_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, 2019) in place, on tensors of one shape."""
+    beta1, beta2 = betas
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    param.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

@@ -1,0 +1,96 @@
+"""The two passes over the second moment, written as in the paper. Slow, dense, obviously right.
+
+The second moment of a factor is one symmetric (r, r) matrix a feature row, kept as its upper triangle
+in the order of ``torch.triu_indices(r, r)``: (k, r * (r + 1) / 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(symmetric: Tensor) -> Tensor:
+    """The upper triangles (k, r(r+1)/2) of symmetric matrices (k, r, r)."""
+    i, j = torch.triu_indices(symmetric.shape[-1], symmetric.shape[-1], device=symmetric.device)
+    return symmetric[:, i, j]
+
+
+def unpack(packed: Tensor, rank: int) -> Tensor:
+    """The symmetric matrices (k, r, r) whose upper triangles are ``packed`` (k, r(r+1)/2)."""
+    i, j = torch.triu_indices(rank, rank, device=packed.device)
+    full = packed.new_empty(packed.shape[0], rank, rank)
+    full[:, i, j] = packed
+    full[:, j, i] = packed
+    return full
+
+
+def accumulate_second_moment_(
+    packed: Tensor, gradient: Tensor, beta2: float, *, pending: Tensor | None = None, rotation: Tensor | None = None
+) -> None:
+    """``P <- R.T (b2 P + (1-b2) h h.T) R`` where ``pending`` h and ``rotation`` R are given, then
+    ``P <- b2 P + (1-b2) g g.T``, for every row, in place.
+
+    Args:
+        packed: second moments (k, r(r+1)/2).
+        gradient: this step's scaled gradient (k, r), in this step's coordinates.
+        beta2: decay.
+        pending: scaled gradient (k, r) of the resting step before, in the coordinates before the rotation.
+        rotation: (r, r), from the coordinates before to this step's; None where they are the same.
+    """
+    full = unpack(packed, gradient.shape[1])
+    if pending is not None:
+        full = beta2 * full + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
+    if rotation is not None:
+        full = rotation.T @ full @ rotation
+    full = beta2 * full + (1 - beta2) * gradient[:, :, None] * gradient[:, None, :]
+    packed.copy_(pack(full))
+
+
+def normalized_update(
+    momentum: Tensor,
+    packed: Tensor,
+    basis: Tensor,
+    *,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    bound: float,
+) -> Tensor:
+    """AdamW's step on the full matrix, ``U`` (k, l), before the learning rate.
+
+    ``U_ij = M_ij / correction1 / (sqrt(V_ij / correction2) + eps)`` with ``M = momentum @ basis.T``,
+    ``V_ij = q_j P_i q_j.T`` and ``|M_ij|`` clamped to ``bound * sqrt(V_ij)``.
+
+    Args:
+        momentum: (k, r).
+        packed: second moments (k, r(r+1)/2).
+        basis: rows ``q_j`` (l, r).
+        correction1: ``1 - beta1 ** t``.
+        correction2: ``1 - beta2 ** t``.
+        eps: AdamW's.
+        bound: :func:`loft_ds.algebra.cauchy_schwarz_bound`.
+    """
+    full = unpack(packed, basis.shape[1])
+    second = torch.einsum("jr,krs,js->kj", basis, full, basis).clamp_min_(0).sqrt_()
+    first = momentum @ basis.T
+    if bound != float("inf"):
+        first = torch.minimum(torch.maximum(first, -bound * second), bound * second)
+    return (first / correction1) / (second / correction2**0.5 + eps)
+
+
+def projected_update(
+    momentum: Tensor,
+    packed: Tensor,
+    basis: Tensor,
+    *,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    bound: float,
+) -> Tensor:
+    """``U @ basis`` (k, r): :func:`normalized_update` projected onto the rows' coordinates."""
+    update = normalized_update(
+        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
+    )
+    return update @ basis

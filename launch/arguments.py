@@ -1,0 +1,106 @@
+"""The flags of ``train.py``: every one of ``transformers.TrainingArguments``, and those below."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from deepspeed.accelerator import get_accelerator
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class Optimizer(str, Enum):
+    """What trains: the adapters by LoFT, the same adapters by AdamW, or every weight by AdamW."""
+
+    LOFT = "loft"
+    LORA = "lora"
+    FULL = "full"
+
+
+# Used when --learning_rate is not given; README.md shows the sweep on the default model and text that chose them.
+LEARNING_RATES = {Optimizer.LOFT: 2e-4, Optimizer.LORA: 1e-3, Optimizer.FULL: 2e-5}
+
+# Used when neither --max_steps nor --num_train_epochs is given: a few minutes on two CPU cores.
+DEFAULT_STEPS = 40
+
+
+@dataclass
+class LaunchArguments:
+    """What to train, on what, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A causal language model: a folder or a hub name. Default: SmolLM2-135M-Instruct."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Text to train on: .txt, or .jsonl with `text` or `messages`. Default: Shakespeare."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A hub data set, or a folder of one, with a column `text` or `messages`."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
+    optimizer: Optimizer = field(
+        default=Optimizer.LOFT,
+        metadata={"help": "loft; lora: the same adapters under AdamW; full: all weights under AdamW."},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "The adapters' rank."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "PEFT's alpha. LoFT's result does not depend on it."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear layers."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens in one training sequence."})
+    eval_fraction: float = field(
+        default=0.05, metadata={"help": "The part of the text, from its end, that is held out of training."}
+    )
+    max_eval_blocks: int = field(
+        default=32, metadata={"help": "Evaluate on at most so many sequences, spread over the held-out text."}
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line without building ``TrainingArguments``, which would start torch.distributed.
+
+    So that everything which needs no process group can be checked first. `build` makes the dataclasses.
+    """
+    parser = HfArgumentParser((LaunchArguments, TrainingArguments), allow_abbrev=False)
+    parser.usage = "train.py [--flag value ...]   (--help lists all flags)"
+    # None tells "not given" from any value that a user may give.
+    parser.set_defaults(
+        output_dir=None,
+        learning_rate=None,
+        num_train_epochs=None,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        eval_on_start=True,
+    )
+    args = parser.parse_args(argv)
+    args.optimizer = Optimizer(args.optimizer)
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.optimizer]
+    if args.max_steps <= 0 and args.num_train_epochs is None:
+        args.max_steps = DEFAULT_STEPS
+    if args.num_train_epochs is None:
+        args.num_train_epochs = 3.0  # TrainingArguments' own default; max_steps overrides it
+    if args.output_dir is None:
+        settings = Path(args.deepspeed).stem if args.deepspeed else "plain"
+        args.output_dir = str(Path("runs") / f"{args.optimizer.value}-{settings}")
+    if get_accelerator().device_name() == "cpu":
+        # Without it TrainingArguments counts one process, and DeepSpeed's batch size does not add up.
+        args.use_cpu = True
+    return args
+
+
+def build(args: argparse.Namespace) -> tuple[LaunchArguments, TrainingArguments]:
+    """The dataclasses of a parsed command line. This joins the process group and makes the DeepSpeed config known."""
+    launch_args, training_args = HfArgumentParser((LaunchArguments, TrainingArguments)).parse_dict(vars(args))
+    return launch_args, training_args
+
+
+def local_world_size() -> int:
+    """How many processes share this machine: torchrun and DeepSpeed's launcher name the variable differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

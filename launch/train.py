@@ -1,0 +1,156 @@
+"""Fine-tunes a causal language model with LoFT on the Hugging Face Trainer, with DeepSpeed or without.
+
+    deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json   # two processes on a CPU
+    deepspeed launch/train.py --deepspeed ds_configs/zero2.json                        # every GPU of the machine
+    python launch/train.py                                                             # one process, no DeepSpeed
+
+Every flag of TrainingArguments works; ``arguments.py`` names the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import deepspeed.ops
+import torch
+import transformers
+from deepspeed.utils import logger as deepspeed_logger
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from arguments import LaunchArguments, Optimizer, build, local_world_size, parse
+from assets import MODEL_NAME, TEXT_NAME, default_model
+from checks import LaunchError, check_adapters, check_loft_settings, read_deepspeed_json
+from data import blocks, read_documents, tokenize
+from loft_ds.hf import LoFTTrainer
+from report import write_report
+
+
+def prepare_process() -> None:
+    """Settles what is a process's own: threads, and who speaks."""
+    if not torch.accelerator.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        # Otherwise DeepSpeed compiles an extension for one to two minutes on the first run on a CPU; only
+        # tensor-parallel layers ever call it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_logger.setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    if int(os.environ.get("RANK", 0)) > 0:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        deepspeed_logger.setLevel(logging.ERROR)
+
+
+def load_dtype(args: LaunchArguments, training_args: TrainingArguments) -> torch.dtype:
+    """The type to load weights in: the half type where it is safe, since frozen weights need no more.
+
+    Weights that train without DeepSpeed stay in float32, as autocast wants them; DeepSpeed keeps float32 masters.
+    """
+    if args.optimizer is Optimizer.FULL and not training_args.deepspeed:
+        return torch.float32
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
+def train(argv: list[str] | None = None) -> None:
+    """Runs the job that a command line describes.
+
+    Raises:
+        LaunchError: If the command line, or a file that it names, is at fault.
+    """
+    parsed = parse(argv)
+
+    # First everything that can be wrong without a process group, then without the weights.
+    if parsed.deepspeed:
+        settings = read_deepspeed_json(parsed.deepspeed)
+        if parsed.optimizer is Optimizer.LOFT:
+            check_loft_settings(parsed.deepspeed, settings)
+    documents = read_documents(parsed)
+    source = parsed.model_name_or_path or str(default_model())
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"--model_name_or_path {source}: {str(error).splitlines()[0]}") from error
+    lora = None
+    if parsed.optimizer is not Optimizer.FULL:
+        lora = LoraConfig(
+            r=parsed.lora_rank,
+            lora_alpha=parsed.lora_alpha,
+            target_modules=parsed.target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        check_adapters(config, lora)
+    train_blocks, eval_blocks = blocks(
+        tokenize(documents, tokenizer), parsed.block_size, parsed.eval_fraction, parsed.max_eval_blocks
+    )
+
+    # From here on the DeepSpeed settings are known to Transformers, which under stage 3 shards what it loads.
+    args, training_args = build(parsed)
+    transformers.set_seed(training_args.seed)  # the same adapters on every rank
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype(args, training_args))
+    model.config.use_cache = False
+    if lora is not None:
+        model = get_peft_model(model, lora)
+        if training_args.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+    facts = {
+        "model": args.model_name_or_path or MODEL_NAME,
+        "text": args.train_file or args.dataset_name or TEXT_NAME,
+        "optimizer": args.optimizer.value,
+        "deepspeed": training_args.deepspeed,
+        "world_size": training_args.world_size,
+        "device": str(training_args.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "learning_rate": training_args.learning_rate,
+        "lora_rank": lora and lora.r,
+        "lora_alpha": lora and lora.lora_alpha,
+        "block_size": args.block_size,
+        "train_blocks": len(train_blocks),
+        "eval_blocks": len(eval_blocks),
+        # Under stage 3 a parameter shows its own share only, and ds_numel the whole.
+        "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+    }
+    trainer = LoFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        use_loft=args.optimizer is Optimizer.LOFT,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(training_args.output_dir)
+        metrics = write_report(folder, facts, trainer.state.log_history)
+        before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
+        change = f"{before:.4f} -> {after:.4f}" if before is not None else f"{after:.4f}"
+        print(f"Held-out loss {change} after {metrics['steps']} steps. Weights, metrics.json and loss.png: {folder}")
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line on stderr and a non-zero exit.
+
+    Every rank finds the same mistake and says the same line: a launcher ends the others at the first one's exit, so
+    that rank 0 alone might never get to speak.
+    """
+    prepare_process()
+    try:
+        train()
+    except LaunchError as error:
+        sys.exit(f"train.py: error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

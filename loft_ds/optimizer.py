@@ -1,0 +1,409 @@
+"""LoFTAdamW: low-rank factors updated so that ``W`` moves as AdamW on ``W`` itself would move it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import algebra, kernels
+from .factors import Factor, find_trainable
+from .sharding import Layout, Rows, Slice, Whole
+from .sharding.deepspeed import Clipping, find_engine, layout_of
+
+
+class LoFTAdamW(Optimizer):
+    """LoFT (Tastan et al., ICLR 2026, arXiv 2505.21289) for the LoRA factors of a PEFT model, AdamW for the rest.
+
+    Works as it is in plain torch, under DDP and under DeepSpeed ZeRO stages 0 to 3, where it finds this rank's share
+    of each factor by itself: ``deepspeed.initialize(model=model, optimizer=LoFTAdamW(model))``. State and work are
+    split by feature rows. Arithmetic and state are float32, float64 for float64 parameters.
+
+    There is no ``alpha`` to tune: PEFT's scaling is read from the layers, and the trajectory of ``W`` does not depend
+    on it.
+
+    ``state`` is keyed by parameter name, because under ZeRO the parameters are not what the optimizer is handed. Of a
+    factor it holds, for this rank's rows beginning at ``start``: ``momentum`` (k_i, r), ``second_moment``
+    (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in, and either ``pending`` (k_i, r), the gradient
+    of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move.
+
+    Args:
+        model: a PEFT model; its trainable parameters are the optimizer's.
+        lr: learning rate, of the size that full fine-tuning with AdamW takes.
+        betas: decay of momentum and second moment.
+        eps: AdamW's.
+        weight_decay: decoupled, multiplied by the learning rate.
+        max_grad_norm: clip by the norm of the projected full gradients of the factors about to move and the gradients
+            of all other parameters; None for no clipping. Under DeepSpeed ``gradient_clipping`` in the JSON sets it.
+        alternate: block 1 of the paper: ``B`` moves on odd steps, ``A`` on even ones. Off: both on every step.
+        gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
+        momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
+        second_moment_calibration: block 4. Off: the second moment is not turned.
+        projected_update: block 5. Off: AdamW's quotient is taken on the factor, not on the projected full matrix.
+        projected_clipping: block 6. Off: ``max_grad_norm`` bounds the norm of the plain factor gradients.
+        second_moment: "matrix", one (r, r) a row, or "elementwise", the paper's simpler variant with AdamW's own.
+        params: parameters or parameter groups in place of one group of all, to give them ``lr``, ``weight_decay``,
+            ``betas`` or ``eps`` of their own. Together they must be the model's trainable parameters.
+
+    Raises:
+        ValueError: a setting out of range; a model without a LoRA pair that LoFT can treat; groups that are not the
+            model's trainable parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        alternate: bool = True,
+        gradient_scaling: bool = True,
+        momentum_calibration: bool = True,
+        second_moment_calibration: bool = True,
+        projected_update: bool = True,
+        projected_clipping: bool = True,
+        second_moment: Literal["matrix", "elementwise"] = "matrix",
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
+    ) -> None:
+        if second_moment not in ("matrix", "elementwise"):
+            raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
+        self._trainable = find_trainable(model)
+        self.max_grad_norm = max_grad_norm
+        self.alternate = alternate
+        self.gradient_scaling = gradient_scaling
+        self.momentum_calibration = momentum_calibration
+        self.second_moment_calibration = second_moment_calibration
+        self.projected_update = projected_update
+        self.projected_clipping = projected_clipping
+        self.second_moment = second_moment
+        self._layout: Layout | None = None
+        self._clipping: Clipping | None = None
+        self._global_grad_norm: Tensor | None = None  # under this name engine.get_global_grad_norm() looks for it
+        self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
+        trained = [f.param for f in self._trainable.factors] + list(self._trainable.others.values())
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(_groups(trained if params is None else params, trained), defaults)
+        for group in self.param_groups:
+            _check(group)
+        self._params = {id(p) for p in trained}
+        for p in trained:
+            _replace_hook(p, self._on_gradient)
+        if self._trainable.untreated:
+            listed = [f"{name} ({reason})" for name, reason in sorted(self._trainable.untreated.items())]
+            rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            warnings.warn(
+                f"LoFT does not treat these adapter parameters, AdamW moves them: {', '.join(listed[:8])}{rest}",
+                stacklevel=2,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is built: factors are paired at construction."""
+        if hasattr(self, "_params"):
+            raise ValueError("LoFTAdamW pairs factors at construction: pass all groups as params=[...]")
+        super().add_param_group(param_group)
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm that the last step was clipped by, before clipping: see ``max_grad_norm``.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._global_grad_norm is None:
+            raise RuntimeError("there is no gradient norm before the first step")
+        return float(self._global_grad_norm)
+
+    def _on_gradient(self, _: Tensor) -> None:
+        """Attach to DeepSpeed when the first gradient arrives: the first moment after ``deepspeed.initialize`` that
+        comes before the first clipping, and one that nothing else can take for us.
+        """
+        if self._layout is None:
+            engine = find_engine(self, self._trainable)
+            if engine is not None:
+                self._layout = layout_of(engine, self._trainable)
+                self._clipping = Clipping(engine)
+            elif self._handed_own_parameters():
+                self._layout = Whole(self._trainable.factors, self._trainable.others)
+        if self._clipping is not None and self._clipping.pending:
+            norm = self._clipping.take()
+            if self.max_grad_norm not in (None, norm):
+                raise ValueError(
+                    f'"gradient_clipping": {norm} in the DeepSpeed JSON contradicts '
+                    f"max_grad_norm={self.max_grad_norm}: set one of them, or both alike."
+                )
+            self.max_grad_norm = norm
+
+    def _handed_own_parameters(self) -> bool:
+        return all(id(p) in self._params for group in self.param_groups for p in group["params"])
+
+    def _ready(self) -> bool:
+        """Whether to take this step; False for the dry run with zero gradients in which DeepSpeed's stage 0 builds its
+        float32 clones (fp16/unfused_optimizer.py, initialize_optimizer_states).
+        """
+        if self._layout is not None:
+            return True
+        if self._handed_own_parameters():  # gradients were set by hand
+            self._layout = Whole(self._trainable.factors, self._trainable.others)
+            return True
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if any(g is not None and bool(g.any()) for g in grads):
+            raise RuntimeError(
+                "LoFTAdamW was handed gradients, but none reached the parameters of the model it was built from. "
+                "Build it from the very model object that is trained, after peft.get_peft_model."
+            )
+        return False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Under DeepSpeed it is called once a group or sub-group; the last of these calls moves all.
+
+        Raises:
+            RuntimeError: a layout that is not known, or a step in which no factor pair has a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._ready():
+            assert self._layout is not None
+            if self._layout.collect(self.param_groups):
+                self._update(self._layout)
+        return loss
+
+    def _update(self, layout: Layout) -> None:
+        """Section 3 of the paper, line by line."""
+        share = layout.read()
+        if not share.rows:
+            raise RuntimeError(
+                "no LoRA pair has a gradient, so LoFT has nothing to do in this step. Call backward() first; if a loss "
+                "was computed, check that the adapters are active and take part in it."
+            )
+        for factor, rows in share.rows.items():
+            self._state_of(factor, rows)["step"] += 1
+        moving = [
+            f for f in share.rows if not self.alternate or (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")
+        ]
+
+        rotations = self._turn_bases(share.rows, layout)
+        gradients = {f: self._scaled_gradient(f, rows) for f, rows in share.rows.items()}
+        coefficient = self._clip(share.rows, gradients, moving, share.others, layout)
+        for factor, gradient in gradients.items():
+            self._accumulate(
+                factor, gradient.mul_(coefficient), rotations.get(factor), share.rows[factor], factor in moving
+            )
+
+        # Both factors are read as they were when the gradient was taken, so nothing moves before all is computed.
+        steps = {}
+        for factor, partner in self._partners(moving, share.rows, layout):
+            steps[factor] = self._full_step(factor, share.rows[factor], partner)
+        for factor in moving:
+            rows = share.rows[factor]
+            self.state[factor.name]["previous"] = rows.values * factor.scaling
+            if factor in steps:
+                lr, weight_decay = rows.group["lr"], rows.group["weight_decay"]
+                rows.values.mul_(1 - lr * weight_decay).sub_(steps.pop(factor), alpha=lr)
+        for part in share.others:
+            self._adamw(part, coefficient)
+        layout.write(moving)
+
+    def _state_of(self, factor: Factor, rows: Rows) -> dict[str, Any]:
+        state, values = self.state[factor.name], rows.values
+        if not state:
+            width = factor.rank * (factor.rank + 1) // 2 if self.second_moment == "matrix" else factor.rank
+            state["step"] = 0
+            state["start"] = rows.start
+            state["momentum"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
+            state["second_moment"] = values.new_zeros(len(values), width)
+        if state["start"] != rows.start or len(state["momentum"]) != len(values):
+            raise RuntimeError(
+                f"the loaded state of {factor.name} is of {len(state['momentum'])} rows from row {state['start']} on, "
+                f"this rank owns {len(values)} from row {rows.start} on: it was saved on another world size or ZeRO "
+                "stage. Resume on the same ones."
+            )
+        if state["momentum"].device != values.device:  # loaded from a file
+            state.update({key: t.to(values.device) for key, t in state.items() if isinstance(t, Tensor)})
+        return state
+
+    def _turn_bases(self, rows: dict[Factor, Rows], layout: Layout) -> dict[Factor, tuple[Tensor, Tensor]]:
+        """Bring ``basis`` up to date where the partner has moved, and give the rotations of momentum and second moment
+        (r, r) from the old coordinates to the new. Where the partner rested both are the identity and left out.
+        """
+        fresh = [f for f in rows if "basis" not in self.state[f.name] or "previous" in self.state[f.partner.name]]
+        turned = [f for f in fresh if "basis" in self.state[f.name]]
+        if not fresh:
+            return {}
+        partners = [rows[f.partner].values for f in fresh]
+        products = [algebra.gram(t, t) for t in partners]
+        products += [algebra.gram(self.state[f.partner.name].pop("previous"), rows[f.partner].values) for f in turned]
+        summed = layout.all_reduce(torch.cat([p.reshape(-1) for p in products]))
+        products = [s.view_as(p) for s, p in zip(summed.split([p.numel() for p in products]), products, strict=True)]
+
+        by_rank: dict[int, list[tuple[Factor, Tensor]]] = defaultdict(list)
+        for factor, product in zip(fresh, products, strict=False):
+            by_rank[factor.rank].append((factor, factor.scaling**2 * product))
+        old = {f: self.state[f.name]["basis"] for f in turned}
+        for batch in by_rank.values():
+            for (factor, _), basis in zip(
+                batch, algebra.orthonormal_basis(torch.stack([g for _, g in batch])), strict=True
+            ):
+                self.state[factor.name]["basis"] = basis.clone()
+
+        rotations = {}
+        for factor, cross in zip(turned, products[len(fresh) :], strict=True):
+            basis, dtype = self.state[factor.name]["basis"], rows[factor].values.dtype
+            calibrated = (old[factor].T @ (factor.scaling * cross) @ basis).to(dtype)
+            kept = (old[factor].T @ algebra.unscaled_basis(basis)).to(dtype)
+            rotations[factor] = (
+                calibrated if self.momentum_calibration else kept,
+                calibrated if self.second_moment_calibration else kept,
+            )
+        return rotations
+
+    def _scaled_gradient(self, factor: Factor, rows: Rows) -> Tensor:
+        """The gradient of the rows (k_i, r) in orthonormal coordinates."""
+        basis = self.state[factor.name]["basis"]
+        return rows.grad @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(rows.grad.dtype)
+
+    def _clip(
+        self,
+        rows: dict[Factor, Rows],
+        gradients: dict[Factor, Tensor],
+        moving: Sequence[Factor],
+        others: Sequence[Slice],
+        layout: Layout,
+    ) -> Tensor:
+        """The clipping coefficient, a scalar. ``||g @ T.T||_F = ||g||_F`` in orthonormal coordinates."""
+        clipped = [gradients[f] for f in moving] if self.projected_clipping else [r.grad for r in rows.values()]
+        squares = [t.double().square().sum() for t in clipped + [part.grad for part in others]]
+        norm = layout.all_reduce(torch.stack(squares).sum()).sqrt()
+        self._global_grad_norm = norm
+        if self._clipping is not None:
+            self._clipping.report(norm)
+        if self.max_grad_norm is None:
+            return torch.ones_like(norm)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def _accumulate(
+        self, factor: Factor, gradient: Tensor, rotations: tuple[Tensor, Tensor] | None, rows: Rows, moves: bool
+    ) -> None:
+        """Calibrate momentum and second moment, then add this step's gradient to both."""
+        state = self.state[factor.name]
+        beta1, beta2 = rows.group["betas"]
+        if rotations is not None:
+            state["momentum"] = state["momentum"] @ rotations[0]
+        state["momentum"].lerp_(gradient, 1 - beta1)
+        if self.second_moment == "elementwise":
+            published = gradient @ state["basis"].T.to(gradient.dtype)
+            state["second_moment"].mul_(beta2).addcmul_(published, published, value=1 - beta2)
+        elif moves or rotations is not None or "pending" in state:
+            kernels.accumulate_second_moment_(
+                state["second_moment"],
+                gradient,
+                beta2,
+                pending=state.pop("pending", None),
+                rotation=None if rotations is None else rotations[1],
+            )
+        else:
+            state["pending"] = gradient  # one pass over the second moment a turn, not one a step
+
+    def _partners(
+        self, moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
+    ) -> Iterable[tuple[Factor, Tensor | None]]:
+        """Each moving factor with its partner's whole rows (l, r), or None where the update does not need them."""
+        if self.projected_update and self.second_moment == "matrix":
+            yield from layout.gather(moving)
+        else:
+            yield from ((f, None) for f in moving if len(rows[f].values))
+
+    def _full_step(self, factor: Factor, rows: Rows, partner: Tensor | None) -> Tensor:
+        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k_i, r)."""
+        state, group, dtype = self.state[factor.name], rows.group, rows.values.dtype
+        (beta1, beta2), eps, t = group["betas"], group["eps"], state["step"]
+        basis = state["basis"]
+        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        if self.second_moment == "elementwise":
+            momentum = state["momentum"] @ basis.T.to(dtype)
+            return (momentum / correction1) / ((state["second_moment"] / correction2).sqrt_().add_(eps))
+        same = self.momentum_calibration == self.second_moment_calibration
+        bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
+        moments = state["momentum"], state["second_moment"]
+        scalars = {"correction1": correction1, "correction2": correction2, "eps": eps, "bound": bound}
+        if partner is None:
+            return kernels.normalized_update(*moments, basis.to(dtype), **scalars)
+        # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
+        orthonormal = (partner.double() @ (factor.scaling * basis)).to(dtype)
+        return kernels.projected_update(*moments, orthonormal, **scalars) @ basis.T.to(dtype)
+
+    def _adamw(self, part: Slice, coefficient: Tensor) -> None:
+        state = self.state[part.name]
+        dtype = torch.float64 if part.data.dtype == torch.float64 else torch.float32
+        values = part.data.to(dtype)
+        if not state:
+            state["step"] = 0
+            state["start"] = part.start
+            state["exp_avg"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if state["start"] != part.start or state["exp_avg"].shape != values.shape:
+            raise RuntimeError(
+                f"the loaded state of {part.name} is of another slice than this rank's: it was saved on another world "
+                "size or ZeRO stage. Resume on the same ones."
+            )
+        state["exp_avg"], state["exp_avg_sq"] = (state[key].to(values.device) for key in ("exp_avg", "exp_avg_sq"))
+        state["step"] += 1
+        algebra.adamw_update_(
+            values,
+            part.grad.to(dtype) * coefficient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=state["step"],
+            lr=part.group["lr"],
+            betas=part.group["betas"],
+            eps=part.group["eps"],
+            weight_decay=part.group["weight_decay"],
+        )
+        if values is not part.data:
+            part.data.copy_(values)
+
+
+def _groups(params: Iterable[Any], trained: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups without the empty ones, which DeepSpeed drops and torch's schedulers then trip over."""
+    groups = list(params)
+    groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+    groups = [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in groups]
+    given, wanted = {id(p) for g in groups for p in g["params"]}, {id(p) for p in trained}
+    if given != wanted:
+        raise ValueError(
+            f"params must be the model's trainable parameters: {len(wanted - given)} of them are missing and "
+            f"{len(given - wanted)} others are given"
+        )
+    return [g for g in groups if g["params"]]
+
+
+def _check(group: dict[str, Any]) -> None:
+    if not group["lr"] >= 0 or not group["eps"] >= 0 or not group["weight_decay"] >= 0:
+        raise ValueError(
+            f"lr, eps and weight_decay must not be negative: {group['lr']}, {group['eps']}, {group['weight_decay']}"
+        )
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must lie in [0, 1): {group['betas']}")
+
+
+def _replace_hook(param: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
+    """One LoFTAdamW watches a parameter: the one built last. An optimizer that was dropped is still watching, which is
+    how a Trainer that swaps it for another is found out.
+    """
+    earlier = getattr(param, "_loft_hook", None)
+    if earlier is not None:
+        earlier.remove()
+    param._loft_hook = param.register_post_accumulate_grad_hook(hook)  # type: ignore[attr-defined]

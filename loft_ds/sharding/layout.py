@@ -1,0 +1,154 @@
+"""Who owns which feature rows, and how rows come and go: the one interface between LoFT and any ZeRO stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import Factor, shape_of
+
+Group = dict[str, Any]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 parameters, float32 for all narrower ones."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Slice:
+    """This rank's flat part ``[start, start + numel)`` of a parameter that belongs to no pair."""
+
+    name: str
+    data: Tensor
+    grad: Tensor
+    start: int
+    group: Group
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's feature rows of one factor: values and gradient (k_i, r), the first being row ``start``."""
+
+    values: Tensor
+    grad: Tensor
+    start: int
+    group: Group
+
+
+@dataclass(frozen=True)
+class Share:
+    """All that one optimizer step has to work on here."""
+
+    rows: dict[Factor, Rows]
+    others: list[Slice]
+
+
+class Layout(ABC):
+    """Where a rank's share of every trainable parameter lies.
+
+    A step is ``collect`` until it is complete, ``read``, arithmetic on rows, ``write``. Every method but
+    ``collect`` is a collective: all ranks call the same ones in the same order.
+    """
+
+    @abstractmethod
+    def collect(self, param_groups: Sequence[Group]) -> bool:
+        """Take what one call of ``Optimizer.step`` carries; True once the step is complete.
+
+        DeepSpeed steps one group (stages 1 and 2) or sub-group (stage 3) a call, but a pair may lie in two of
+        them and the clipping norm spans all.
+        """
+
+    @abstractmethod
+    def read(self) -> Share:
+        """The rows and slices of the step just collected."""
+
+    @abstractmethod
+    def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
+        """Each moving factor with the *whole* of its partner's rows (l, r), unscaled, as :meth:`read` found them.
+
+        Streams in buckets; yields only factors that this rank owns rows of.
+        """
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that share the rows, in place; the identity where every rank has them all."""
+
+    @abstractmethod
+    def write(self, moved: Sequence[Factor]) -> None:
+        """Put the values of moved factors, changed in place in what :meth:`read` gave, where they belong."""
+
+
+def group_by_tensor(param_groups: Sequence[Group]) -> dict[int, Group]:
+    """The parameter group of each tensor in it, by ``id``."""
+    return {id(tensor): group for group in param_groups for tensor in group["params"]}
+
+
+class Whole(Layout):
+    """Every rank holds all of every parameter: plain torch, DDP, ZeRO stage 0.
+
+    Args:
+        factors: of all pairs.
+        others: the other trainable parameters by name.
+        masters: what the optimizer steps in place of each model parameter (DeepSpeed's stage 0 in 16 bits keeps
+            float32 clones); the parameters themselves where it is None.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Factor],
+        others: Mapping[str, nn.Parameter],
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
+        self._factors = factors
+        self._others = others
+        self._master: Callable[[nn.Parameter], Tensor] = masters.__getitem__ if masters else lambda param: param
+        self._groups: dict[int, Group] = {}
+        self._rows: dict[Factor, Rows] = {}
+
+    def collect(self, param_groups: Sequence[Group]) -> bool:
+        self._groups = group_by_tensor(param_groups)
+        for name, param in [(f.name, f.param) for f in self._factors] + list(self._others.items()):
+            master = self._master(param)
+            if id(master) not in self._groups or master.shape != shape_of(param):
+                raise RuntimeError(
+                    f"{name} is not in the optimizer's parameter groups as it was at construction: something rebuilt "
+                    "or sharded it (FSDP, a tensor-parallel plan, a changed param_groups). LoFTAdamW knows plain "
+                    "torch, DDP and DeepSpeed ZeRO stages 0 to 3."
+                )
+        return True
+
+    def read(self) -> Share:
+        self._rows = {}
+        for factor in self._factors:
+            master, partner = self._master(factor.param), self._master(factor.partner.param)
+            if master.grad is None and partner.grad is None:
+                continue  # as torch's own optimizers: a layer that took no part in the loss rests
+            dtype = compute_dtype(master)
+            grad = torch.zeros_like(master, dtype=dtype) if master.grad is None else master.grad.to(dtype)
+            values = factor.rows_of(master.detach()).to(dtype)
+            self._rows[factor] = Rows(values, factor.rows_of(grad), 0, self._groups[id(master)])
+        others = []
+        for name, param in self._others.items():
+            master = self._master(param)
+            if master.grad is not None:
+                others.append(Slice(name, master.detach(), master.grad, 0, self._groups[id(master)]))
+        return Share(self._rows, others)
+
+    def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
+        for factor in moving:
+            yield factor, self._rows[factor.partner].values
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def write(self, moved: Sequence[Factor]) -> None:
+        for factor in moved:
+            rows, target = self._rows[factor].values, factor.rows_of(self._master(factor.param).detach())
+            if rows.data_ptr() != target.data_ptr():
+                target.copy_(rows)

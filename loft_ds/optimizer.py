@@ -89,7 +89,6 @@ class LoFTAdamW(Optimizer):
         self.second_moment = second_moment
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
-        self._global_grad_norm: Tensor | None = None  # under this name engine.get_global_grad_norm() looks for it
         self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
         trained = [f.param for f in self._trainable.factors] + list(self._trainable.others.values())
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -97,6 +96,9 @@ class LoFTAdamW(Optimizer):
         for group in self.param_groups:
             _check(group)
         self._params = {id(p) for p in trained}
+        # Under this name engine.get_global_grad_norm() looks for it; written in place, so that whoever asks before a
+        # step for the norm to log (the Trainer) reads that step's.
+        self._global_grad_norm = torch.full((), math.nan, dtype=torch.float64, device=trained[0].device)
         for p in trained:
             _replace_hook(p, self._on_gradient)
         if self._trainable.untreated:
@@ -115,13 +117,7 @@ class LoFTAdamW(Optimizer):
 
     @property
     def grad_norm(self) -> float:
-        """The norm that the last step was clipped by, before clipping: see ``max_grad_norm``.
-
-        Raises:
-            RuntimeError: before the first step.
-        """
-        if self._global_grad_norm is None:
-            raise RuntimeError("there is no gradient norm before the first step")
+        """The norm that the last step was clipped by, before clipping: see ``max_grad_norm``. NaN before any step."""
         return float(self._global_grad_norm)
 
     def _on_gradient(self, _: Tensor) -> None:
@@ -287,9 +283,9 @@ class LoFTAdamW(Optimizer):
         clipped = [gradients[f] for f in moving] if self.projected_clipping else [r.grad for r in rows.values()]
         squares = [t.double().square().sum() for t in clipped + [part.grad for part in others]]
         norm = layout.all_reduce(torch.stack(squares).sum()).sqrt()
-        self._global_grad_norm = norm
+        self._global_grad_norm.copy_(norm)
         if self._clipping is not None:
-            self._clipping.report(norm)
+            self._clipping.report(self._global_grad_norm)
         if self.max_grad_norm is None:
             return torch.ones_like(norm)
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,119 @@
+"""LoFT in the Hugging Face Trainer, with and without DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from .optimizer import LoFTAdamW
+
+Base = Trainer if TYPE_CHECKING else object  # the mixin comes before a Trainer of the user's choice
+
+
+class LoFT:
+    """The factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-3})``.
+
+    Under DeepSpeed that is all. Without it such a Trainer first clips the raw factor gradients by itself: set its
+    ``max_grad_norm`` to 0 and pass LoFT's here.
+    """
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> LoFTAdamW:
+        """Called by the Trainer with its model and the keyword arguments of :class:`LoFTAdamW`."""
+        return LoFTAdamW(model, **kwargs)
+
+
+class LoFTMixin(Base):
+    """LoFT for any subclass of ``transformers.Trainer``: ``class MyTrainer(LoFTMixin, SFTTrainer)``.
+
+    Learning rate, betas, eps and weight decay come from the TrainingArguments (biases and norms are not decayed, as
+    the Trainer has it), ``max_grad_norm`` is LoFT's norm and the logged ``grad_norm`` too.
+
+    Args:
+        use_loft: False for the Trainer's own optimizer.
+        loft_kwargs: further arguments of :class:`LoFTAdamW`.
+
+    Raises:
+        ValueError: an optimizer is passed as well; under DeepSpeed the Trainer would drop it without a word.
+    """
+
+    def __init__(
+        self, *args: Any, use_loft: bool = True, loft_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.use_loft = use_loft
+        self.loft_kwargs = loft_kwargs or {}
+        super().__init__(*args, **kwargs)
+        if use_loft and self.optimizer is not None:
+            raise ValueError("LoFTTrainer builds LoFTAdamW by itself: pass loft_kwargs={...}, not optimizers=(...)")
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        """Build LoFTAdamW from the TrainingArguments, in the Trainer's two groups of parameters."""
+        if not self.use_loft or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = LoFTAdamW(
+            model,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            # Under DeepSpeed the JSON's "gradient_clipping" says it, which the Trainer fills in from the same argument.
+            max_grad_norm=None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
+            params=[
+                {"params": [p for name, p in trained if name in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+            ],
+            **self.loft_kwargs,
+        )
+        self._loft = self.optimizer
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        """Leave clipping to LoFT: it clips by another norm, inside its step."""
+        if not self.use_loft or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        return self._loft._global_grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float | None:
+        if not self.use_loft or self.is_deepspeed_enabled:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._loft._global_grad_norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter as PEFT does, from any ZeRO stage, without the frozen weights passing through memory."""
+        if not self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir or self.args.output_dir, state_dict=trained_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+class LoFTTrainer(LoFTMixin, Trainer):
+    """A Trainer that trains with LoFT: see :class:`LoFTMixin`."""
+
+
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters and the buffers, whole, on the CPU, under any ZeRO stage.
+
+    A collective under stage 3: all ranks call it, one parameter at a time is gathered.
+    """
+    state = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            state[name] = _whole(param)
+    state.update({name: buffer.detach().cpu() for name, buffer in model.named_buffers()})
+    return state
+
+
+def _whole(param: nn.Parameter) -> Tensor:
+    if not hasattr(param, "ds_id"):
+        return param.detach().cpu()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([param]):
+        return param.detach().cpu().clone()

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, Trainer
 
 from .optimizer import LoFTAdamW
 
-Base = Trainer if TYPE_CHECKING else object  # the mixin comes before a Trainer of the user's choice
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object  # the mixin comes before a Trainer of the user's choice
 
 
 class LoFT:
@@ -40,6 +43,9 @@ class LoFTMixin(Base):
         ValueError: an optimizer is passed as well; under DeepSpeed the Trainer would drop it without a word.
     """
 
+    optimizer: torch.optim.Optimizer | None
+    _loft: LoFTAdamW
+
     def __init__(
         self, *args: Any, use_loft: bool = True, loft_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -56,7 +62,7 @@ class LoFTMixin(Base):
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.optimizer = LoFTAdamW(
+        self.optimizer = self._loft = LoFTAdamW(
             model,
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -69,8 +75,7 @@ class LoFTMixin(Base):
             ],
             **self.loft_kwargs,
         )
-        self._loft = self.optimizer
-        return self.optimizer
+        return self._loft
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         """Leave clipping to LoFT: it clips by another norm, inside its step."""

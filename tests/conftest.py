@@ -1,0 +1,29 @@
+"""What the tests share: pools of ranks, and one thread a process so that two cores hold several of them."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """``ranks(n)`` is a pool of n ranks with one process group, shared by all tests that ask for n."""
+    pools: dict[int, Ranks] = {}
+
+    def pool(world: int) -> Ranks:
+        if world not in pools or not pools[world].alive:
+            pools[world] = Ranks(world)
+        return pools[world]
+
+    yield pool
+    for each in pools.values():
+        each.close()

@@ -1,0 +1,95 @@
+"""Tiny PEFT models with odd shapes, and what the tests compare of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from loft_ds import LoFTAdamW
+
+
+def one_layer(
+    m: int, n: int, rank: int, *, alpha: float = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any
+) -> tuple[PeftModel, nn.Parameter, nn.Parameter, float]:
+    """One linear layer with both factors random: the model, ``A`` (r, n), ``B`` (m, r) and PEFT's scaling."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(n, m, bias=False)), LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **config)
+    ).to(dtype)
+    layer = model.base_model.model[0]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        A.copy_(torch.randn(A.shape, dtype=torch.float64))
+        B.copy_(torch.randn(B.shape, dtype=torch.float64))
+    return model, A, B, layer.scaling["default"]
+
+
+def conditioned(n: int, condition: float) -> Tensor:
+    """A random (n, n) float64 matrix of the given condition number."""
+    left, _, right = torch.linalg.svd(torch.randn(n, n, dtype=torch.float64))
+    return left @ torch.diag(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n).double()) @ right
+
+
+def odd_model(dtype: torch.dtype = torch.float32, rank: int = 3) -> PeftModel:
+    """Four adapted layers, none of whose shapes is a multiple of anything, with biases and a saved module."""
+    torch.manual_seed(0)
+    base = nn.Sequential(
+        nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5), nn.Tanh(), nn.Linear(5, 13), nn.LayerNorm(13), nn.Linear(13, 3)
+    )
+    config = LoraConfig(r=rank, lora_alpha=7, target_modules=["0", "2", "4", "6"], modules_to_save=["5"], bias="lora_only")
+    model = get_peft_model(base, config)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.3)
+    return model.to(dtype)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """``lora_A`` apart from all else, so that every pair lies in two groups, as LoRA+ users have it."""
+    params = trained(model)
+    first = [p for name, p in params.items() if "lora_A" in name]
+    second = [p for name, p in params.items() if "lora_A" not in name]
+    return [{"params": first, "lr": 2e-3}, {"params": second, "weight_decay": 0.1}]
+
+
+def batch(step: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The global batch of a step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(size, 7, generator=generator).to(dtype), torch.randn(size, 3, generator=generator).to(dtype)
+
+
+def published_state(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
+    """Momentum (k_i, r) and second moment (k_i, r, r) of each factor in the paper's coordinates.
+
+    The basis is unique only up to rotation, and these do not depend on it: ``M @ H.T`` and ``H @ P @ H.T``. Pending
+    gradients of a resting factor are counted in.
+    """
+    from loft_ds.kernels.reference import unpack
+
+    out = {}
+    for factor in optimizer._trainable.factors:
+        state = optimizer.state[factor.name]
+        basis = state["basis"]
+        moment = unpack(state["second_moment"].double(), factor.rank)
+        if "pending" in state:
+            _, beta2 = optimizer.defaults["betas"]
+            pending = state["pending"].double()
+            moment = beta2 * moment + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
+        out[factor.name] = {
+            "momentum": state["momentum"].double() @ basis.T,
+            "second_moment": basis @ moment @ basis.T,
+            "start": torch.tensor(state["start"]),
+        }
+    return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Frobenius distance over the norm of ``b``."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))

@@ -1,0 +1,100 @@
+"""Section 3 of the LoFT paper, transcribed: dense, in float64, in the paper's own coordinates, with no thought of cost.
+
+Every matrix that the optimizer avoids is built here: inverse Gram matrices, full gradients, full second moments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Oracle:
+    """LoFT on one pair. ``A`` (r, n) and ``B`` (m, r) are changed by :meth:`step`."""
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        alternate: bool = True,
+        gradient_scaling: bool = True,
+        momentum_calibration: bool = True,
+        second_moment_calibration: bool = True,
+        projected_update: bool = True,
+        projected_clipping: bool = True,
+        second_moment: str = "matrix",
+    ) -> None:
+        self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
+        self.alternate, self.scale, self.turn_m, self.turn_p = (
+            alternate,
+            gradient_scaling,
+            momentum_calibration,
+            second_moment_calibration,
+        )
+        self.project, self.project_clip, self.matrix = projected_update, projected_clipping, second_moment == "matrix"
+        self.X = {"A": A.double().T.clone(), "B": B.double().clone()}
+        self.T_prev: dict[str, Tensor] = {}
+        self.M = {side: torch.zeros_like(X) for side, X in self.X.items()}
+        r = A.shape[0]
+        self.P = {side: X.new_zeros(len(X), r, r) for side, X in self.X.items()}
+        self.V = {side: torch.zeros_like(X) for side, X in self.X.items()}
+        self.t = 0
+        self.norm = 0.0
+
+    def step(self, grad_A: Tensor, grad_B: Tensor) -> None:
+        self.t += 1
+        (b1, b2), t = self.betas, self.t
+        moving = ["A", "B"] if not self.alternate else ["B"] if t % 2 else ["A"]
+        G = {"A": grad_A.double().T, "B": grad_B.double()}
+        T = {"A": self.s * self.X["B"], "B": self.s * self.X["A"]}
+        C = {side: T[side].T @ T[side] for side in T}
+        inverse = {side: torch.linalg.pinv(C[side], hermitian=True) for side in T}
+        # 1. gradient scaling
+        g = {side: G[side] @ inverse[side] if self.scale else G[side] for side in G}
+        # 2. clipping
+        full = [g[side] @ T[side].T for side in moving] if self.project_clip else list(G.values())
+        self.norm = float(sum(f.square().sum() for f in full).sqrt())
+        if self.clip is not None:
+            coefficient = min(1.0, self.clip / (self.norm + 1e-6))
+            g = {side: coefficient * g[side] for side in g}
+        update = {}
+        for side in "AB":
+            # 3. calibration
+            if side in self.T_prev:
+                R = self.T_prev[side].T @ T[side] @ inverse[side]
+                if self.turn_m:
+                    self.M[side] = self.M[side] @ R
+                if self.turn_p:
+                    self.P[side] = R.T @ self.P[side] @ R
+            self.T_prev[side] = T[side].clone()
+            # 4. accumulation
+            self.M[side] = b1 * self.M[side] + (1 - b1) * g[side]
+            self.P[side] = b2 * self.P[side] + (1 - b2) * g[side][:, :, None] * g[side][:, None, :]
+            self.V[side] = b2 * self.V[side] + (1 - b2) * g[side] ** 2
+            # 5. projected full update
+            if not self.matrix:
+                update[side] = (self.M[side] / (1 - b1**t)) / ((self.V[side] / (1 - b2**t)).sqrt() + self.eps)
+            elif not self.project:
+                diagonal = torch.diagonal(self.P[side], dim1=1, dim2=2).clamp_min(0)
+                update[side] = (self.M[side] / (1 - b1**t)) / ((diagonal / (1 - b2**t)).sqrt() + self.eps)
+            else:
+                V = torch.einsum("jr,krs,js->kj", T[side], self.P[side], T[side]).clamp_min(0)
+                U = (self.M[side] @ T[side].T / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + self.eps)
+                update[side] = U @ T[side] @ inverse[side]
+        for side in moving:
+            self.X[side] = (1 - self.lr * self.wd) * self.X[side] - self.lr * update[side]
+
+    @property
+    def A(self) -> Tensor:
+        return self.X["A"].T
+
+    @property
+    def B(self) -> Tensor:
+        return self.X["B"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -38,6 +39,7 @@ def prepare_process() -> None:
         # Otherwise DeepSpeed compiles an extension for one to two minutes on the first run on a CPU; only
         # tensor-parallel layers ever call it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries, nothing a user can change
     deepspeed_logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     if int(os.environ.get("RANK", 0)) > 0:

@@ -1,0 +1,80 @@
+"""A tiny Llama with a tokenizer of its own, and two ranks to run launch/train.py on."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "ds_configs"
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+def write_text(path: Path, words: int = 4000) -> Path:
+    """Text that a model can learn something from within a few steps: few words, always in pairs."""
+    choose = random.Random(0)
+    pairs = ["red apple ", "green leaf ", "blue sky ", "white snow ", "black coal\n"]
+    path.write_text("".join(choose.choice(pairs) for _ in range(words // 2)))
+    return path
+
+
+def make_model(folder: Path) -> Path:
+    """Saves a random Llama of 32 hidden features and a byte-level tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train_configs(rank: int, world_size: int, port: int, flags: list[str], configs: list[str], out: str) -> None:
+    """One rank of ``launch/train.py`` under each config in turn; ``torch.multiprocessing.spawn`` calls it."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    import train  # launch/train.py, in the child: importing starts no process group
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    train.prepare_process()
+    for config in configs:
+        train.train([*flags, "--deepspeed", config, "--output_dir", str(Path(out) / Path(config).stem)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,357 @@
+"""launch/train.py: text to blocks, every mistake in one clear line, and the real launcher once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch_helpers import CONFIGS, ROOT, make_model, write_text
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import assets
+import train
+from arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
+from checks import LaunchError, read_deepspeed_json
+from data import blocks, read_documents, tokenize
+
+CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "an apple"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    return write_text(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if weights are loaded or a process group is about to start."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("this mistake must be found before any weights are loaded")
+
+    monkeypatch.setattr(train.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(train, "build", refuse)
+
+
+# --- flags
+
+
+def test_defaults_are_a_short_run_with_the_optimizer_s_own_learning_rate():
+    args = parse(["--optimizer", "lora", "--deepspeed", "ds_configs/zero2.json"])
+    assert args.max_steps == DEFAULT_STEPS
+    assert args.learning_rate == LEARNING_RATES[Optimizer.LORA]
+    assert args.output_dir == str(Path("runs", "lora-zero2"))
+
+
+def test_epochs_are_not_cut_short_by_the_default_steps():
+    args = parse(["--num_train_epochs", "2", "--learning_rate", "0.1"])
+    assert args.max_steps == -1
+    assert args.num_train_epochs == 2
+    assert args.learning_rate == 0.1
+
+
+def test_a_mistyped_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--lora_rnak", "4"])
+    assert stop.value.code != 0
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 2  # usage, then the mistake
+    assert "--lora_rnak" in error[1]
+
+
+# --- text
+
+
+def test_a_text_file_is_one_document(text):
+    assert read_documents(parse(["--train_file", str(text)])) == [{"text": text.read_text()}]
+
+
+def test_both_forms_of_json_lines(tmp_path, tokenizer):
+    file = tmp_path / "mixed.jsonl"
+    # The line separator U+2028 is legal inside a JSON string and must not end the line.
+    lines = [{"text": "one\u2028two"}, {"messages": CHAT}, {"text": "  "}]
+    file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    documents = read_documents(parse(["--train_file", str(file)]))
+    assert documents == lines[:2]
+    first, second = tokenize(documents, tokenizer)
+    assert tokenizer.decode(first) == "one\u2028two<end>"
+    assert tokenizer.decode(second) == "<user>what is red?\n<assistant>an apple\n"
+
+
+def test_messages_need_a_chat_template(model):
+    bare = AutoTokenizer.from_pretrained(model)
+    bare.chat_template = None
+    with pytest.raises(LaunchError, match="no chat template"):
+        tokenize([{"messages": CHAT}], bare)
+
+
+def test_a_data_set_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3)))
+    documents = read_documents(parse(["--dataset_name", str(tmp_path)]))
+    assert [document["text"] for document in documents] == ["line 0", "line 1", "line 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "holds no text"),
+        ("blank.jsonl", "\n\n", "holds no text"),
+        ("blank_text.jsonl", '{"text": " "}', "holds no text"),
+        ("table.csv", "a,b", r"must end in one of \.txt, \.jsonl"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl, line 2: not JSON"),
+        ("keys.jsonl", '{"txt": "a"}', "line 1: needs a string `text` or a list `messages`"),
+        ("list.jsonl", '["text"]', "line 1: needs a string `text` or a list `messages`"),
+        (None, None, "no such file"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, message, no_weights):
+    file = tmp_path / (name or "missing.txt")
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(LaunchError, match=message):
+        train.train(["--train_file", str(file)])
+
+
+def test_an_unknown_data_set_is_named(tmp_path):
+    with pytest.raises(LaunchError, match=r"--dataset_name .*nowhere"):
+        read_documents(parse(["--dataset_name", str(tmp_path / "nowhere")]))
+
+
+def test_two_sources_of_text_are_one_too_many(text):
+    with pytest.raises(LaunchError, match="give one"):
+        read_documents(parse(["--train_file", str(text), "--dataset_name", "anything"]))
+
+
+def test_the_last_documents_are_held_out():
+    documents = [[i] * 10 for i in range(20)]  # 200 tokens; a tenth is two documents
+    training, held_out = blocks(documents, block_size=5, eval_fraction=0.1, max_eval_blocks=100)
+    assert sorted({int(t) for row in held_out for t in row["input_ids"]}) == [18, 19]
+    assert sorted({int(t) for row in training for t in row["input_ids"]}) == list(range(18))
+    assert torch.equal(training[0]["labels"], training[0]["input_ids"])
+
+
+def test_one_long_document_is_cut_and_no_token_is_in_both_parts():
+    training, held_out = blocks([list(range(1003))], block_size=10, eval_fraction=0.05, max_eval_blocks=100)
+    trained = {int(t) for row in training for t in row["input_ids"]}
+    kept = {int(t) for row in held_out for t in row["input_ids"]}
+    assert not trained & kept
+    assert min(kept) > max(trained)
+    assert len(kept) == 50  # 5 % of 100 blocks
+
+
+def test_evaluation_is_spread_over_the_held_out_part():
+    _, held_out = blocks([list(range(1000))], block_size=10, eval_fraction=0.5, max_eval_blocks=3)
+    first_tokens = [int(row["input_ids"][0]) for row in held_out]
+    assert first_tokens == [500, 740, 990]
+
+
+def test_too_little_text_says_what_to_do():
+    with pytest.raises(LaunchError, match=r"19 tokens.*--block_size below 10"):
+        blocks([list(range(19))], block_size=10, eval_fraction=0.1, max_eval_blocks=1)
+
+
+def test_the_default_text_holds_each_work_once():
+    texts = assets.default_texts()
+    assert len(texts) == 42
+    hamlet = [text for text in texts if "PRINCE OF DENMARK" in text[:200].upper()]
+    assert len(hamlet) == 1
+    assert sum(map(len, texts)) > 5_000_000
+
+
+def test_the_default_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOFT_DS_CACHE", str(tmp_path))
+    made = []
+
+    def interrupted(folder, gguf, target):
+        (target / "half").touch()
+        raise KeyboardInterrupt
+
+    def dequantise(folder, gguf, target):
+        assert (folder / gguf).is_file()
+        (target / "config.json").touch()
+        made.append(target)
+
+    monkeypatch.setattr(assets, "_dequantise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assets.default_model()
+    assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
+    monkeypatch.setattr(assets, "_dequantise", dequantise)
+    assert assets.default_model() == assets.default_model()
+    assert len(made) == 1
+    assert [entry.name for entry in assets.default_model().iterdir()] == ["config.json"]
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"--no-deps -r launch/assets.txt"):
+        assets.default_texts()
+
+
+# --- settings
+
+
+def settings(tmp_path: Path, change=None, name: str = "zero2") -> str:
+    """A copy of a shipped config, changed."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    if change:
+        change(config)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(gradient_cliping=1.0), "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        (
+            lambda c: c["zero_optimization"].update(stge=1),
+            "unknown key 'stge' in DeepSpeedZeroConfig; did you mean 'stage'?",
+        ),
+        (
+            lambda c: c["zero_optimization"].update(offload_optimizer={"devise": "cpu"}),
+            "unknown key 'devise' in offload_optimizer; did you mean 'device'?",
+        ),
+        (
+            lambda c: c["zero_optimization"].update(offload_param={"device": "cpu", "pin_memry": True}),
+            "unknown key 'pin_memry' in offload_param; did you mean 'pin_memory'?",
+        ),
+        (lambda c: c["bf16"].update(enable=True), "unknown key 'enable' in .*; did you mean 'enabled'?"),
+        (lambda c: c["zero_optimization"].update(stage=4), "'stage' in DeepSpeedZeroConfig: Input should be"),
+        (lambda c: c.update(elasticity={}), "Elastic training has been removed"),
+        (lambda c: c.update(optimizer={"type": "AdamW"}), "'optimizer' would train in place of LoFT"),
+        (lambda c: c.pop("zero_allow_untested_optimizer"), 'needs "zero_allow_untested_optimizer": true'),
+        (
+            lambda c: c["zero_optimization"].update(offload_optimizer={"device": "cpu"}),
+            'needs "zero_force_ds_cpu_optimizer": false',
+        ),
+    ],
+)
+def test_a_bad_setting_is_named(tmp_path, text, change, message, no_weights):
+    path = settings(tmp_path, change)
+    with pytest.raises(LaunchError) as error:
+        train.train(["--deepspeed", path, "--train_file", str(text)])
+    assert "\n" not in str(error.value)
+    assert error.match(message.replace("?", r"\?"))
+    assert str(error.value).startswith(path)
+
+
+def test_batch_sizes_are_the_trainer_s_to_check(tmp_path):
+    path = settings(tmp_path, lambda c: c.update(train_batch_size=48, gradient_accumulation_steps=3))
+    assert read_deepspeed_json(path)["train_batch_size"] == 48
+
+
+def test_an_optimizer_in_the_settings_is_fine_where_it_is_wanted(tmp_path, text, model, no_weights):
+    path = settings(tmp_path, lambda c: c.update(optimizer={"type": "AdamW", "params": {"lr": "auto"}}))
+    with pytest.raises(LaunchError, match="--lora_rank 33"):  # it got past the settings
+        train.train(
+            [
+                *("--deepspeed", path, "--train_file", str(text), "--model_name_or_path", str(model)),
+                *("--optimizer", "lora", "--lora_rank", "33"),
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ('{"bf16": }', "line 1 column 10"),
+        ("[]", "one JSON object"),
+        ('{"a":1,"a":2}', "Duplicate"),
+    ],
+)
+def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(LaunchError, match=message) as error:
+        train.train(["--deepspeed", str(file)])
+    assert str(file) in str(error.value)
+
+
+# --- model
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rank", "33"], r"--lora_rank 33 is larger than the layer model\.layers\.0\.self_attn\.q_proj \(32 in"),
+        (["--lora_rank", "17"], r"--lora_rank 17 .*k_proj \(32 inputs, 16 outputs\)"),
+        (["--lora_rank", "0"], "`r`"),
+        (["--target_modules", "c_attn"], "Target modules .*c_attn.* not found"),
+        (["--block_size", "100000"], "give more text or a --block_size below 100000"),
+        (["--eval_fraction", "1.5"], "must lie between 0 and 1"),
+    ],
+)
+def test_a_model_that_cannot_take_the_adapters_is_refused(model, text, flags, message, no_weights):
+    with pytest.raises(LaunchError, match=message) as error:
+        train.train(["--model_name_or_path", str(model), "--train_file", str(text), *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_model_is_named(tmp_path, text, no_weights):
+    with pytest.raises(LaunchError, match=r"--model_name_or_path .*no-model"):
+        train.train(["--model_name_or_path", str(tmp_path / "no-model"), "--train_file", str(text)])
+
+
+def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed", str(tmp_path / "missing.json")])
+    monkeypatch.setattr(train, "prepare_process", lambda: None)  # it would change this process's logging and threads
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    # A string as the code: Python prints it on stderr and exits with status 1.
+    assert stop.value.code == f"train.py: error: --deepspeed {tmp_path}/missing.json: no such file"
+
+
+# --- all of it
+
+
+def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model, text):
+    out = tmp_path / "out"
+    command = [
+        *(str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "launch/train.py"),
+        *("--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", str(model), "--train_file", str(text)),
+        *("--max_steps", "6", "--block_size", "32", "--lora_rank", "4", "--learning_rate", "1e-2"),
+        *("--output_dir", str(out)),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Held-out loss") == 1  # rank 0 speaks, rank 1 does not
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["optimizer"] == "loft"
+    assert metrics["world_size"] == 2
+    assert metrics["steps"] == 6
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    history = json.loads((out / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    weights = load_file(out / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == metrics["trainable_parameters"]
+    assert all(tensor.abs().max() > 0 for tensor in weights.values())  # PEFT starts B at 0: it has moved
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out)
+    ids = torch.arange(8)[None]
+    expected = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)  # float32, other order of sums

@@ -37,6 +37,9 @@ def runs(tmp_path_factory):
         *("--train_file", str(write_text(folder / "text.txt"))),
         *("--max_steps", str(STEPS), "--block_size", "32", "--learning_rate", "5e-3", "--disable_tqdm", "True"),
         *("--per_device_train_batch_size", "2", "--lora_rank", "3"),
+        # The size of this model's gradients. With the usual 1e-8 the first step is the sign of every gradient, also
+        # of those that are nothing but rounding, and stage 3 rounds otherwise than stage 0.
+        *("--adam_epsilon", "1e-3"),
     ]
     configs = [str(CONFIGS / f"{name}.json") for name in NAMES]
     mp.spawn(train_configs, args=(2, free_port(), flags, configs, str(folder)), nprocs=2)
@@ -58,9 +61,8 @@ def test_every_stage_leaves_the_adapter_of_stage_0(runs, name):
     assert adapter.keys() == expected.keys()
     assert all(tensor.numel() > 0 for tensor in adapter.values())
     for key, tensor in adapter.items():
-        # float32, and only the order of reduction differs; after 4 steps of lr 5e-3 the factors are of size 1e-2
-        # to 1e-1, and AdamW's sign-like first step can amplify rounding where a gradient is close to zero.
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+        # float32: only the order of reduction differs, over 4 steps that move the factors by about 1e-2.
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6)
 
 
 def test_plain_peft_merges_the_adapter_of_a_sharded_model(runs):

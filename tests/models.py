@@ -34,12 +34,15 @@ def conditioned(n: int, condition: float) -> Tensor:
 
 
 def odd_model(dtype: torch.dtype = torch.float32, rank: int = 3) -> PeftModel:
-    """Four adapted layers, none of whose shapes is a multiple of anything, with biases and a saved module."""
+    """Four adapted layers, biases and a saved module; sizes such that at rank 3 every ZeRO stage cuts a feature row in
+    two on 2, 3 and 4 ranks (the tests assert that it does)."""
     torch.manual_seed(0)
     base = nn.Sequential(
-        nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5), nn.Tanh(), nn.Linear(5, 13), nn.LayerNorm(13), nn.Linear(13, 3)
+        nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 11), nn.LayerNorm(11), nn.Linear(11, 3)
     )
-    config = LoraConfig(r=rank, lora_alpha=7, target_modules=["0", "2", "4", "6"], modules_to_save=["5"], bias="lora_only")
+    config = LoraConfig(
+        r=rank, lora_alpha=7, target_modules=["0", "2", "4", "6"], modules_to_save=["5"], bias="lora_only"
+    )
     model = get_peft_model(base, config)
     for name, param in model.named_parameters():
         if "lora_B" in name:
@@ -65,29 +68,43 @@ def batch(step: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tupl
     return torch.randn(size, 7, generator=generator).to(dtype), torch.randn(size, 3, generator=generator).to(dtype)
 
 
-def published_state(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
-    """Momentum (k_i, r) and second moment (k_i, r, r) of each factor in the paper's coordinates.
+def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
+    """Momentum (k_i, r), second moment (k_i, r, r) and basis (r, r) of each factor, float64.
 
-    The basis is unique only up to rotation, and these do not depend on it: ``M @ H.T`` and ``H @ P @ H.T``. Pending
-    gradients of a resting factor are counted in.
+    Pending gradients of a resting factor are counted in.
     """
     from loft_ds.kernels.reference import unpack
 
     out = {}
     for factor in optimizer._trainable.factors:
         state = optimizer.state[factor.name]
-        basis = state["basis"]
-        moment = unpack(state["second_moment"].double(), factor.rank)
+        elementwise = optimizer.second_moment == "elementwise"
+        second = state["second_moment"].double()
+        second = torch.diag_embed(second) if elementwise else unpack(second, factor.rank)
         if "pending" in state:
             _, beta2 = optimizer.defaults["betas"]
             pending = state["pending"].double()
-            moment = beta2 * moment + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
+            second = beta2 * second + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
         out[factor.name] = {
-            "momentum": state["momentum"].double() @ basis.T,
-            "second_moment": basis @ moment @ basis.T,
+            "momentum": state["momentum"].double(),
+            "second_moment": second,
+            "basis": state["basis"],
             "start": torch.tensor(state["start"]),
         }
     return out
+
+
+def in_coordinates(state: dict[str, Tensor], basis: Tensor) -> dict[str, Tensor]:
+    """The moments turned into the coordinates of another basis of the same rows.
+
+    The basis is unique only up to a rotation, which this finds: for equal rows ``turn`` is orthogonal.
+    """
+    turn = state["basis"].T @ torch.linalg.inv(basis).T
+    return {
+        "momentum": state["momentum"] @ turn,
+        "second_moment": turn.T @ state["second_moment"] @ turn,
+        "start": state["start"],
+    }
 
 
 def relative(a: Tensor, b: Tensor) -> float:

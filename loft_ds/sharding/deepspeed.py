@@ -131,6 +131,16 @@ def _device() -> torch.device:
 
 def _stage0(wrapper: Any, trainable: Trainable) -> Layout:
     """FP16_UnfusedOptimizer (fp16/unfused_optimizer.py): float32 clones, whole on every rank."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    # engine.py, backward() scales the loss for a ZeROOptimizer only, and this wrapper, which is none, divides all the
+    # same. AdamW hardly notices; a clipping norm that is too small by the loss scale never clips.
+    if wrapper.loss_scale_config.cur_scale != 1.0 and not isinstance(wrapper, ZeROOptimizer):
+        _refuse(
+            "fp16 at ZeRO stage 0",
+            "DeepSpeed divides the gradients there by a loss scale that it never multiplied the loss with: use stage 1, "
+            'which does both, or "bf16".',
+        )
     masters = {
         param: master
         for params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)

@@ -1,0 +1,191 @@
+"""Sharded equals single: the same global batch on 1 to 4 ranks at stages 0 to 3 ends where one process does."""
+
+import functools
+
+import pytest
+import torch
+from models import odd_model, relative, trained
+from sharded_run import Outcome, assembled, train_plain, train_sharded
+
+BETAS = (0.9, 0.99)
+
+
+@functools.cache
+def plain(steps, lora_rank=3, **kwargs):
+    return train_plain(steps, rank=lora_rank, betas=BETAS, **dict(kwargs))
+
+
+def whole(outcomes, kind, single):
+    """Momentum or second moments of all factors, from every rank's rows, as one vector."""
+    return torch.cat(
+        [assembled(outcomes, name, kind, state["basis"]).reshape(-1) for name, state in single.state.items()]
+    )
+
+
+def distances(outcomes, single, stage):
+    """Relative distances of all parameters, of momentum and of second moments from the single process's."""
+    out = {
+        "parameters": relative(
+            torch.cat([outcomes[0].params[name].reshape(-1) for name in single.params]),
+            torch.cat([p.reshape(-1) for p in single.params.values()]),
+        )
+    }
+    owners = outcomes if stage else outcomes[:1]
+    for kind in ("momentum", "second_moment") if single.state else ():
+        out[kind] = relative(whole(owners, kind, single), whole([single], kind, single))
+    return out
+
+
+def assert_equal(outcomes, single, stage, tolerance):
+    for kind, distance in distances(outcomes, single, stage).items():
+        assert distance < tolerance, (kind, distance)
+    for outcome in outcomes[1:]:
+        for name, param in outcome.params.items():
+            assert torch.equal(param, outcomes[0].params[name]), f"{name} differs between ranks"
+
+
+# Only the order of float32 sums may differ: of the batch over ranks, and of the all-reduce. One step leaves some 6e-8
+# (eps) times a short sum; 20 steps add up.
+TOLERANCE = {1: 1e-6, 20: 1e-5}
+
+
+@pytest.mark.parametrize("steps", TOLERANCE)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_equals_one_process(ranks, world, stage, steps):
+    outcomes = ranks(world)(train_sharded, stage, steps, betas=BETAS)
+    assert_equal(outcomes, plain(steps), stage, TOLERANCE[steps])
+    if stage and world > 1:
+        assert outcomes[0].cuts, "no boundary falls inside a feature row: the test misses its point"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_ranks_than_rows(ranks, stage):
+    """Rank-1 adapters: at stage 3 four ranks share 3 rows, and the last holds nothing but padding of three factors."""
+    outcomes = ranks(4)(train_sharded, stage, 20, lora_rank=1, betas=BETAS)
+    assert_equal(outcomes, plain(20, lora_rank=1), stage, TOLERANCE[20])
+    assert any(outcome.empty for outcome in outcomes)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_is_split(ranks, stage):
+    """Per rank 1/N of momentum and second moments, up to the flat layout's other parameters and whole rows."""
+    outcomes = ranks(4)(train_sharded, stage, 1, betas=BETAS)
+    for kind in ("momentum", "second_moment"):
+        held = [outcome.elements[kind] for outcome in outcomes]
+        total = sum(s[kind].numel() for s in plain(1).state.values())
+        if kind == "momentum":
+            assert sum(held) == total
+        # The odd model has 1 bias or norm element for 3 of the factors, so a quarter of the flat buffer may hold
+        # up to 4/3 of a quarter of the factors; each of the 8 factors may add a row.
+        assert max(held) < sum(held) * (0.25 * 4 / 3) + 8 * 6
+
+
+CASES = {
+    "round_robin_1": (2, 1, {"zero": {"round_robin_gradients": True}}),
+    "round_robin_2": (3, 2, {"zero": {"round_robin_gradients": True}}),
+    "offload_1": (2, 1, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    "offload_2": (3, 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    "offload_3": (2, 3, {"zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}),
+    "overlap_comm": (2, 2, {"zero": {"overlap_comm": True, "reduce_bucket_size": 64, "allgather_bucket_size": 64}}),
+    "sub_groups_split_pairs": (2, 3, {"zero": {"sub_group_size": 10}}),
+    "persistent": (2, 3, {"zero": {"stage3_param_persistence_threshold": 0}}),
+    "no_alternation": (2, 2, {"alternate": False}),
+    "elementwise": (3, 3, {"second_moment": "elementwise"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("grouped", [False, True], ids=["one_group", "two_groups"])
+def test_settings(ranks, name, grouped):
+    """Every way DeepSpeed lays slices out, with all parameters in one group and with each pair in two."""
+    world, stage, kwargs = CASES[name]
+    own = {key: kwargs[key] for key in ("alternate", "second_moment") if key in kwargs}
+    steps = 5 if name == "no_alternation" else 20  # both factors at once overshoot, and rounding grows with each step
+    outcomes = ranks(world)(train_sharded, stage, steps, grouped=grouped, betas=BETAS, **kwargs)
+    single = plain(steps, grouped=grouped, **own)
+    if name == "elementwise":  # its second moment is no matrix: the parameters speak for it
+        assert (
+            relative(
+                outcomes[0].params["base_model.model.0.lora_A.default.weight"],
+                single.params["base_model.model.0.lora_A.default.weight"],
+            )
+            < TOLERANCE[20]
+        )
+    else:
+        assert_equal(outcomes, single, stage, TOLERANCE[20])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("grouped", [False, True], ids=["one_group", "two_groups"])
+def test_clipping_is_lofts(ranks, stage, grouped):
+    """ "gradient_clipping" in the JSON is LoFT's norm, from the first step on, and the engine reports that norm."""
+    clip = 0.2
+    outcomes = ranks(2)(train_sharded, stage, 20, clip=clip, grouped=grouped, betas=BETAS)
+    single = plain(20, max_grad_norm=clip, grouped=grouped)
+    assert min(single.norms) > clip, "clipping is not active on every step"
+    assert_equal(outcomes, single, stage, TOLERANCE[20])
+    for ours, theirs in zip(outcomes[0].norms, single.norms, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)  # float32 gradients summed in another order
+    raw = plain(20, max_grad_norm=clip, projected_clipping=False)
+    assert abs(raw.norms[0] - single.norms[0]) > 1e-3 * single.norms[0], "the two norms cannot be told apart"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation(ranks, stage):
+    outcomes = ranks(2)(train_sharded, stage, 8, accumulation=3, clip=0.2, betas=BETAS)
+    assert_equal(outcomes, plain(8, accumulation=3, max_grad_norm=0.2), stage, TOLERANCE[20])
+
+
+def start():
+    """The parameters before any step, as an outcome without state."""
+    return Outcome({name: p.detach() for name, p in trained(odd_model()).items()}, {}, [], [])
+
+
+HALF = [
+    ("bf16", 0, {}),
+    ("bf16", 1, {}),
+    ("bf16", 1, {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}),  # BF16_Optimizer
+    ("bf16", 2, {}),
+    ("bf16", 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    ("bf16", 3, {}),
+    ("bf16", 3, {"zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}),
+    ("fp16", 1, {}),
+    ("fp16", 2, {}),
+    ("fp16", 3, {}),
+]
+
+
+@pytest.mark.parametrize(("precision", "stage", "kwargs"), HALF)
+def test_half_precision(ranks, precision, stage, kwargs):
+    """16 bits: float32 masters follow the float32 run as far as 16-bit gradients do, and every rank alike."""
+    if precision == "fp16":  # the default of 2^16 overflows at first
+        kwargs = {"config": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+    outcomes = ranks(2)(train_sharded, stage, 20, precision=precision, grouped=True, clip=0.2, betas=BETAS, **kwargs)
+    single = plain(20, grouped=True, max_grad_norm=0.2)
+    # Half an ulp of a 16-bit parameter (2^-9, 2^-12), and the path there: 20 steps of lr 1e-3 (2e-3 for A) against
+    # parameters of size 0.3, of which gradients rounded to 16 bits turn a few per cent.
+    tolerance = {"bf16": 2**-8, "fp16": 2**-10}[precision]
+    assert distances(outcomes, single, stage)["parameters"] < tolerance
+    assert outcomes[0].norms[-1] == pytest.approx(single.norms[-1], rel=0.05)  # 16-bit forward and backward
+    assert distances(outcomes, start(), stage)["parameters"] > 2 * tolerance, "the run went nowhere"
+
+
+def test_half_precision_that_deepspeed_does_not_scale(ranks):
+    with pytest.raises(RuntimeError, match="fp16 at ZeRO stage 0.*use stage 1"):
+        ranks(2)(train_sharded, 0, 1, precision="fp16")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overflow_is_skipped_on_all_ranks_alike(ranks, stage):
+    """Rank 0's gradients overflow in one step: no rank counts it, turns its phase or moves."""
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}}
+    outcomes = ranks(2)(
+        train_sharded, stage, 5, precision="fp16", config=fp16, blow_up_at=2, clip=0.2, grouped=True, betas=BETAS
+    )
+    for outcome in outcomes:
+        assert outcome.skipped == 1
+        assert set(outcome.steps.values()) == {4}
+        for name, param in outcome.params.items():
+            assert torch.isfinite(param).all()
+            assert torch.equal(param, outcomes[0].params[name])

@@ -57,7 +57,7 @@ class LaunchArguments:
         default=0.05, metadata={"help": "The part of the text, from its end, that is held out of training."}
     )
     max_eval_blocks: int = field(
-        default=32, metadata={"help": "Evaluate on at most so many sequences, spread over the held-out text."}
+        default=16, metadata={"help": "Evaluate on at most so many sequences, spread over the held-out text."}
     )
 
 
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         output_dir=None,
         learning_rate=None,
         num_train_epochs=None,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         logging_steps=1,
         save_strategy="no",
         eval_on_start=True,

@@ -90,11 +90,3 @@ class Oracle:
                 update[side] = U @ T[side] @ inverse[side]
         for side in moving:
             self.X[side] = (1 - self.lr * self.wd) * self.X[side] - self.lr * update[side]
-
-    @property
-    def A(self) -> Tensor:
-        return self.X["A"].T
-
-    @property
-    def B(self) -> Tensor:
-        return self.X["B"]

@@ -38,7 +38,7 @@ def follow(m, n, rank, steps=12, zero_b=False, seed=0, alpha=4, **kwargs):
         optimizer.step()
         optimizer.zero_grad()
         worst = max(worst, abs(optimizer.grad_norm - oracle.norm) / oracle.norm)
-    return relative(A.detach(), oracle.A), relative(B.detach(), oracle.B), worst
+    return relative(A.detach(), oracle.X["A"].T), relative(B.detach(), oracle.X["B"]), worst
 
 
 # 1e-9: two float64 computations in different coordinates; the Gram matrices' conditions reach 1e4 here.

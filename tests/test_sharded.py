@@ -172,7 +172,7 @@ def test_half_precision(ranks, precision, stage, kwargs):
 
 
 def test_half_precision_that_deepspeed_does_not_scale(ranks):
-    with pytest.raises(RuntimeError, match="fp16 at ZeRO stage 0.*use stage 1"):
+    with pytest.raises(RuntimeError, match=r"fp16 at ZeRO stage 0(.|\n)*use stage 1"):
         ranks(2)(train_sharded, 0, 1, precision="fp16")
 
 

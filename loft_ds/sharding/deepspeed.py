@@ -138,8 +138,8 @@ def _stage0(wrapper: Any, trainable: Trainable) -> Layout:
     if wrapper.loss_scale_config.cur_scale != 1.0 and not isinstance(wrapper, ZeROOptimizer):
         _refuse(
             "fp16 at ZeRO stage 0",
-            "DeepSpeed divides the gradients there by a loss scale that it never multiplied the loss with: use stage 1, "
-            'which does both, or "bf16".',
+            "DeepSpeed divides the gradients there by a loss scale that it never multiplied the loss with (its pull "
+            'request 8393): use stage 1, which does both, or "bf16".',
         )
     masters = {
         param: master

@@ -1,0 +1,238 @@
+"""LoFTAdamW as a torch optimizer: groups, schedulers, dtypes, state, and what it refuses in plain torch."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import batch, odd_model, one_layer, relative, trained, two_groups
+from torch import nn
+
+from loft_ds import LoFTAdamW
+
+
+def train(model, optimizer, steps, start=0, scheduler=None):
+    dtype = next(p for p in model.parameters() if p.requires_grad).dtype
+    for step in range(start, start + steps):
+        x, y = batch(step, dtype=dtype)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+def test_factors_alternate():
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    for step, (moves, rests) in enumerate([("lora_B", "lora_A"), ("lora_A", "lora_B"), ("lora_B", "lora_A")]):
+        after = train(model, optimizer, 1, start=step)
+        for name in after:
+            if moves in name or "lora" not in name:
+                assert not torch.equal(after[name], before[name]), name
+            if rests in name:
+                assert torch.equal(after[name], before[name]), name
+        before = after
+
+
+def test_everything_else_gets_adamw():
+    """Biases and saved modules: torch.optim.AdamW to the last few bits, alone with the gradient of the same loss."""
+    model = odd_model(torch.float64)
+    for factor in LoFTAdamW(model)._trainable.factors:
+        factor.param.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    first = model.base_model.model[0]
+    first.lora_A["default"].weight.requires_grad_(True)
+    first.lora_B["default"].weight.requires_grad_(True)
+    groups = [
+        {"params": [first.lora_A["default"].weight, first.lora_B["default"].weight], "lr": 0.0},
+        {"params": [p for name, p in trained(model).items() if "lora_" not in name]},
+    ]
+    ours = train(model, LoFTAdamW(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), params=groups), 10)
+    theirs = train(twin, torch.optim.AdamW(trained(twin).values(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99)), 10)
+    for name, param in theirs.items():
+        assert relative(ours[name], param) < 1e-13, name  # the same float64 operations in another order
+
+
+def test_groups_and_schedulers():
+    """A scheduler moves each group's own lr, and a group's lr is what its factors move by."""
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2, params=two_groups(model))
+    assert [g["lr"] for g in optimizer.param_groups] == [2e-3, 1e-2]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step >= 2 else 1.0)
+    before = train(model, optimizer, 2, scheduler=scheduler)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0, 0.0]
+    after = train(model, optimizer, 2, start=2, scheduler=scheduler)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_empty_groups_are_dropped():
+    model = odd_model()
+    optimizer = LoFTAdamW(model, params=[*two_groups(model), {"params": []}])
+    assert len(optimizer.param_groups) == 2
+
+
+def test_weight_decay_is_times_lr():
+    """With zero gradients only the decay moves W: once a step, by (1 - lr * wd)."""
+    model, A, B, scaling = one_layer(7, 5, 3)
+    optimizer = LoFTAdamW(model, lr=0.1, weight_decay=0.5)
+    before = scaling * B.detach() @ A.detach()
+    for _ in range(4):
+        A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+        optimizer.step()
+    assert relative(scaling * B.detach() @ A.detach(), (1 - 0.05) ** 4 * before) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_state_dtype(dtype):
+    model = odd_model(dtype)
+    optimizer = LoFTAdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and key != "basis":
+                assert value.dtype == expected, (name, key)
+    assert all(p.dtype == dtype for p in trained(model).values())
+
+
+def test_narrow_parameters_follow_wide_ones():
+    wide = train(odd := odd_model(), LoFTAdamW(odd, lr=1e-3), 10)
+    narrow = train(half := odd_model(torch.bfloat16), LoFTAdamW(half, lr=1e-3), 10)
+    for name in wide:
+        # One bfloat16 ulp (2^-8) of the value a step that rounds, half of the ten steps move a factor.
+        assert (narrow[name].float() - wide[name]).abs().max() < 10 * 2**-8 * wide[name].abs().max(), name
+
+
+@pytest.mark.parametrize("first", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bitwise(first, dtype, tmp_path):
+    """N steps, save, load, M steps are N + M steps, with either factor's turn next."""
+    model = odd_model(dtype)
+    whole = train(model, LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1), first + 4)
+    model = odd_model(dtype)
+    optimizer = LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1)
+    train(model, optimizer, first)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    model = odd_model(dtype)
+    model.load_state_dict(saved["model"])
+    optimizer = LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1)
+    optimizer.load_state_dict(saved["optimizer"])
+    resumed = train(model, optimizer, 4, start=first)
+    for name in whole:
+        assert torch.equal(resumed[name], whole[name]), name
+
+
+def test_state_of_other_rows_is_refused():
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    next(s for name, s in saved["state"].items() if "lora" in name)["start"] = 2
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"from row 2 on, this rank owns .* from row 0 on: .* another world size"):
+        train(model, optimizer, 1)
+
+
+def test_a_layer_without_gradient_rests():
+    """As in torch's optimizers: state and parameters of a pair that took no part in the loss stay."""
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    x, y = batch(2)
+    (model(x) - y).square().mean().backward()
+    rests = model.base_model.model[2]
+    for factor in (rests.lora_A["default"].weight, rests.lora_B["default"].weight):
+        factor.grad = None
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    optimizer.step()
+    moved = {name for name, p in trained(model).items() if not torch.equal(p, before[name])}
+    assert not any("model.2.lora" in name for name in moved)
+    assert any("model.0.lora_B" in name for name in moved)
+    assert {name: s["step"] for name, s in optimizer.state.items() if "lora_A" in name}[
+        "base_model.model.2.lora_A.default.weight"
+    ] == 2
+
+
+def test_full_matrices_are_never_built():
+    """Nothing of size (k, l) is allocated by a step, nor more than a few times the state."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    model, A, B, _ = one_layer(3000, 4000, 2, dtype=torch.float32)
+    optimizer = LoFTAdamW(model)
+    with Watch():
+        for _ in range(3):
+            A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+            optimizer.step()
+    assert 0 < largest < 3000 * 4000 * 4 / 2
+
+
+def test_nothing_to_do_raises():
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    with pytest.raises(RuntimeError, match="no LoRA pair has a gradient"):
+        optimizer.step()
+    next(p for name, p in trained(model).items() if "bias" in name).grad = torch.zeros(8)
+    with pytest.raises(RuntimeError, match="no LoRA pair has a gradient"):
+        optimizer.step()
+
+
+def test_unknown_layouts_raise():
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    optimizer.param_groups[0]["params"] = [
+        nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trained(model).values()]))
+    ]
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    flat = optimizer.param_groups[0]["params"][0]
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(RuntimeError, match="none reached the parameters of the model it was built from"):
+        optimizer.step()
+
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+    with pytest.raises(RuntimeError, match=r"lora_A.* is not in the optimizer's parameter groups"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "must not be negative"),
+        ({"betas": (1.0, 0.9)}, "betas must lie in"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None"),
+        ({"second_moment": "diagonal"}, 'second_moment must be "matrix" or "elementwise"'),
+        ({"params": []}, "14 of them are missing"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LoFTAdamW(odd_model(), **arguments)
+
+
+def test_groups_are_fixed_at_construction():
+    optimizer = LoFTAdamW(odd_model())
+    with pytest.raises(ValueError, match="pass all groups as params"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_quiet_where_all_is_treated():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoFTAdamW(odd_model())

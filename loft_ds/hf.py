@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from .optimizer import LoFTAdamW
 
 if TYPE_CHECKING:
-    Base = Trainer
+    from transformers import Trainer as Base
 else:
     Base = object  # the mixin comes before a Trainer of the user's choice
 

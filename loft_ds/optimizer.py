@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra, kernels
-from .factors import Factor, find_trainable
+from .factors import Factor, find_trainable, shape_of
 from .sharding import Layout, Rows, Slice, Whole
 from .sharding.deepspeed import Clipping, find_engine, layout_of
 
@@ -96,6 +96,8 @@ class LoFTAdamW(Optimizer):
         for group in self.param_groups:
             _check(group)
         self._params = {id(p) for p in trained}
+        self._shapes = sorted(shape_of(p) for p in trained)
+        self._rehearsed = False
         # Under this name engine.get_global_grad_norm() looks for it; written in place, so that whoever asks before a
         # step for the norm to log (the Trainer) reads that step's.
         self._global_grad_norm = torch.full((), math.nan, dtype=torch.float64, device=trained[0].device)
@@ -144,21 +146,28 @@ class LoFTAdamW(Optimizer):
         return all(id(p) in self._params for group in self.param_groups for p in group["params"])
 
     def _ready(self) -> bool:
-        """Whether to take this step; False for the dry run with zero gradients in which DeepSpeed's stage 0 builds its
-        float32 clones (fp16/unfused_optimizer.py, initialize_optimizer_states).
+        """Whether to take this step.
+
+        False for the one rehearsal with zero gradients in which DeepSpeed's stage 0 builds its float32 clones
+        (fp16/unfused_optimizer.py, initialize_optimizer_states).
+
+        Raises:
+            RuntimeError: gradients came to this optimizer, but none to the parameters it was built from.
         """
         if self._layout is not None:
             return True
         if self._handed_own_parameters():  # gradients were set by hand
             self._layout = Whole(self._trainable.factors, self._trainable.others)
             return True
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        if any(g is not None and bool(g.any()) for g in grads):
-            raise RuntimeError(
-                "LoFTAdamW was handed gradients, but none reached the parameters of the model it was built from. "
-                "Build it from the very model object that is trained, after peft.get_peft_model."
-            )
-        return False
+        handed = [p for group in self.param_groups for p in group["params"]]
+        clones = sorted(p.shape for p in handed) == self._shapes
+        if clones and not self._rehearsed and not any(p.grad is not None and bool(p.grad.any()) for p in handed):
+            self._rehearsed = True
+            return False
+        raise RuntimeError(
+            "LoFTAdamW was called to step, but no gradient reached the parameters of the model it was built from. "
+            "Build it from the very model object that is trained, after peft.get_peft_model."
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -208,8 +208,6 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
     """DeepSpeedZeroOptimizer_Stage3 (zero/stage3.py): every parameter is cut into equal parts, padded at the end."""
     if wrapper.swap_optimizer:
         _refuse('offload_optimizer.device "nvme"', 'Partitions that are swapped out one by one split pairs: use "cpu".')
-    if wrapper.offload_optimizer and wrapper.partial_offload != 1.0:
-        _refuse("offload_optimizer.ratio below 1.0", "DeepSpeed moves the rest with torch.optim.AdamW, not with LoFT.")
     params = [param for sub_group in wrapper.fp16_groups for param in sub_group]
     group = _one_group([param.ds_process_group for param in params])
     world = torch.distributed.get_world_size(group)

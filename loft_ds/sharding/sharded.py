@@ -96,8 +96,7 @@ class Sharded(Layout):
                 if id(flat) in self._arrived:
                     raise RuntimeError(
                         "DeepSpeed began a new step before it had handed over every partition of the last one, so "
-                        "another optimizer moves a part of the parameters. Stage 3's offload_optimizer.ratio must be "
-                        "1.0, and no parameter group may be left out."
+                        "something else moves a part of the parameters. LoFT has to move all of them."
                     )
                 if flat.grad is None:
                     raise RuntimeError("DeepSpeed handed LoFTAdamW a partition without its gradient.")

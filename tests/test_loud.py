@@ -1,0 +1,136 @@
+"""Under DeepSpeed LoFT works or raises: each way it could be swapped out or misled, and what the error says."""
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import batch, odd_model, trained
+
+from loft_ds import LoFTAdamW
+from loft_ds.factors import find_trainable
+from loft_ds.sharding import deepspeed as readers
+
+
+def message(rank, world, build, **config):
+    """The error that one step of what ``build(model)`` returns as optimizer ends with."""
+    import deepspeed
+
+    model = odd_model()
+    settings = {
+        "train_micro_batch_size_per_gpu": 12,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 2},
+        **config,
+    }
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=build(model), config=settings)
+        for step in range(2):
+            x, y = batch(step)
+            engine.backward((engine(x) - y).square().mean())
+            engine.step()
+    except Exception as error:  # whatever it is, the test reads it
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def adamw_in_its_place(model):
+    model.loft = LoFTAdamW(model)
+    return torch.optim.AdamW(trained(model).values())
+
+
+class DeepSpeedCPUAdam(torch.optim.AdamW):
+    """Stands for DeepSpeed's, whose CPU extension takes a minute to compile; it is found out by its name."""
+
+
+def cpu_adam_in_its_place(model):
+    model.loft = LoFTAdamW(model)
+    return DeepSpeedCPUAdam(trained(model).values())
+
+
+def of_another_model(model):
+    return LoFTAdamW(copy.deepcopy(model))
+
+
+def contradicting(model):
+    return LoFTAdamW(model, max_grad_norm=0.5)
+
+
+CASES = {
+    "control": (LoFTAdamW, {}, "no error"),
+    "swapped for AdamW": (adamw_in_its_place, {}, "LoFTAdamW was swapped out.* with AdamW.*optimizer_cls_and_kwargs"),
+    "swapped at stage 3": (
+        adamw_in_its_place,
+        {"zero_optimization": {"stage": 3}},
+        "LoFTAdamW was swapped out.* with AdamW",
+    ),
+    "swapped for DeepSpeedCPUAdam": (cpu_adam_in_its_place, {}, '"zero_force_ds_cpu_optimizer": false'),
+    "zero_force_ds_cpu_optimizer": (
+        LoFTAdamW,
+        {
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            "zero_force_ds_cpu_optimizer": True,
+        },
+        '"zero_force_ds_cpu_optimizer": false',
+    ),
+    "zero_allow_untested_optimizer": (
+        LoFTAdamW,
+        {"zero_allow_untested_optimizer": False},
+        "zero_allow_untested_optimizer",
+    ),
+    "another model, stage 0": (of_another_model, {"zero_optimization": {"stage": 0}}, "no LoRA pair has a gradient"),
+    "another model, stage 0, bf16": (
+        of_another_model,
+        {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+        "no gradient reached the parameters of the model it was built from",
+    ),
+    "another model, stage 2": (
+        of_another_model,
+        {},
+        "no gradient reached the parameters of the model it was built from",
+    ),
+    "two clipping norms": (
+        contradicting,
+        {"gradient_clipping": 1.0},
+        '"gradient_clipping": 1.0 in the DeepSpeed JSON contradicts max_grad_norm=0.5',
+    ),
+    "offload ratio": (
+        LoFTAdamW,
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "Hybrid Optimizer Only Supports DeepSpeedCPUAdam",  # DeepSpeed's own: it would move the rest with AdamW
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_works_or_raises(ranks, name):
+    build, config, expected = CASES[name]
+    (said,) = ranks(1)(message, build, **config)
+    assert re.search(expected, said, flags=re.DOTALL), said
+
+
+def engine(**wrapper):
+    """As much of an engine as the readers look at before they decide."""
+    return SimpleNamespace(
+        optimizer=SimpleNamespace(**wrapper), basic_optimizer=object(), torch_autocast_z0_gradscaler=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("fake", "expected"),
+    [
+        (engine(), "does not support DeepSpeed's SimpleNamespace"),
+        (engine(model_parallel_world_size=2), "does not support tensor parallelism"),
+        (engine(torch_autocast_gradscaler=object()), "does not support torch_autocast in float16"),
+    ],
+)
+def test_unknown_engines_are_refused(fake, expected):
+    with pytest.raises(NotImplementedError, match=expected):
+        readers.layout_of(fake, find_trainable(odd_model()))
+
+
+def test_swapping_to_nvme_is_refused():
+    with pytest.raises(NotImplementedError, match=r'offload_optimizer.device "nvme".*use "cpu"'):
+        readers._stage3(SimpleNamespace(swap_optimizer=True), find_trainable(odd_model()))

@@ -1,0 +1,155 @@
+"""LoFT in the Trainer: the same training as a loop by hand, LoFT's norm clipped and logged, and no swapping out."""
+
+import pytest
+import torch
+from models import batch, odd_model, relative, trained
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from loft_ds import LoFT, LoFTAdamW, LoFTTrainer
+
+STEPS, CLIP = 6, 0.2
+
+
+class Regression(nn.Module):
+    """The odd model with a loss, as the Trainer wants it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = odd_model()
+
+    def forward(self, x, labels):
+        return {"loss": (self.net(x) - labels).square().mean()}
+
+
+def examples(ranks_of_data=1):
+    """A data set in which every batch is the same one, so that the order cannot matter."""
+    x, y = batch(0)
+    return [{"x": x[i % 12], "labels": y[i % 12]} for i in range(12 * STEPS * ranks_of_data)]
+
+
+def arguments(folder, **kwargs):
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=12,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        max_grad_norm=CLIP,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        **{"disable_tqdm": True, **kwargs},
+    )
+
+
+def by_hand():
+    """The same training as a loop: parameters and the norm of every step."""
+    model = Regression()
+    named = trained(model)
+    decayed = [p for name, p in named.items() if "bias" not in name and "model.5" not in name]
+    kept = [p for name, p in named.items() if "bias" in name or "model.5" in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept}]
+    optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=CLIP, params=groups)
+    norms = []
+    for _ in range(STEPS):
+        x, y = batch(0)
+        model(x, y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(optimizer.grad_norm)
+    assert min(norms) > CLIP, "clipping is not active"
+    return {name: p.detach() for name, p in trained(model).items()}, norms
+
+
+class Unshuffled:
+    """The data set is one batch over and over."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class InOrder(Unshuffled, LoFTTrainer):
+    """Ours."""
+
+
+class PlainInOrder(Unshuffled, Trainer):
+    """Somebody else's."""
+
+
+def logged_norms(trainer):
+    return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+def test_equals_a_loop_by_hand(tmp_path):
+    trainer = InOrder(model=Regression(), args=arguments(tmp_path), train_dataset=examples())
+    trainer.train()
+    params, norms = by_hand()
+    assert logged_norms(trainer) == pytest.approx(norms, rel=1e-6)  # the log prints float32
+    for name, p in trained(trainer.model).items():
+        # The Trainer's averaging of the loss over items rounds once more than the loop's.
+        assert relative(p.detach(), params[name]) < 1e-5, name
+
+
+def test_off_is_the_trainers_own_optimizer(tmp_path):
+    trainer = InOrder(model=Regression(), args=arguments(tmp_path), train_dataset=examples(), use_loft=False)
+    trainer.train()
+    assert "AdamW" in type(trainer.optimizer.optimizer).__name__
+    assert not isinstance(trainer.optimizer.optimizer, LoFTAdamW)
+
+
+def test_a_second_optimizer_is_refused(tmp_path):
+    model = Regression()
+    with pytest.raises(ValueError, match="pass loft_kwargs"):
+        LoFTTrainer(model=model, args=arguments(tmp_path), optimizers=(LoFTAdamW(model), None))
+
+
+def under_deepspeed(rank, world, kind, stage, folder):
+    """Train with one of three Trainers under DeepSpeed: its parameters and logged norms, or the error."""
+    import os
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    model = Regression()
+    args = arguments(folder, deepspeed=config)
+    if kind == "dropped":
+        trainer = PlainInOrder(model=model, args=args, train_dataset=examples(), optimizers=(LoFTAdamW(model), None))
+    elif kind == "factory":
+        kwargs = {"lr": 1e-3, "weight_decay": 0.1}
+        trainer = PlainInOrder(
+            model=model, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=(LoFT, kwargs)
+        )
+    else:
+        trainer = InOrder(model=model, args=args, train_dataset=examples())
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    return logged_norms(trainer)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_under_deepspeed_the_norm_is_lofts(ranks, stage, tmp_path):
+    (norms,) = ranks(1)(under_deepspeed, "loft", stage, tmp_path)
+    _, expected = by_hand()
+    assert norms == pytest.approx(expected, rel=1e-5)  # float32, a loss averaged in another order
+
+
+def test_factory_in_a_plain_trainer(ranks, tmp_path):
+    (norms,) = ranks(1)(under_deepspeed, "factory", 2, tmp_path)
+    _, expected = by_hand()
+    assert norms[0] == pytest.approx(expected[0], rel=1e-5)  # its weight decay has other groups, so only the first
+
+
+def test_a_trainer_that_drops_loft_is_found_out(ranks, tmp_path):
+    (said,) = ranks(1)(under_deepspeed, "dropped", 2, tmp_path)
+    assert "LoFTAdamW was swapped out" in said
+    assert "optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed" in said

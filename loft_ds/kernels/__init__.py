@@ -1,5 +1,62 @@
 """The two passes over the second moment: the reference, tiled torch, and fused for CUDA."""
 
-from .reference import accumulate_second_moment_, normalized_update, projected_update
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+from torch import Tensor
+
+from . import tiled
+from .tiled import normalized_update
 
 __all__ = ["accumulate_second_moment_", "normalized_update", "projected_update"]
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The Triton kernels, imported when the first CUDA tensor asks for them; None where Triton is missing."""
+    try:
+        from . import fused
+    except ImportError as error:
+        logging.getLogger(__name__).warning("LoFT runs its plain torch kernels on this GPU: %s", error)
+        return None
+    return fused
+
+
+def _implementation(factor: Tensor, packed: Tensor) -> ModuleType:
+    fused = _fused() if factor.is_cuda else None
+    return fused if fused is not None and fused.supports(factor, packed) else tiled
+
+
+def projected_update(
+    momentum: Tensor,
+    packed: Tensor,
+    basis: Tensor,
+    *,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    bound: float,
+) -> Tensor:
+    """``U @ basis`` (k, r) by the fastest kernel for these tensors. See :func:`reference.projected_update`."""
+    return _implementation(momentum, packed).projected_update(
+        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
+    )
+
+
+def accumulate_second_moment_(
+    packed: Tensor,
+    gradient: Tensor,
+    beta2: float,
+    *,
+    pending: Tensor | None = None,
+    rotation: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """One pass over the second moments, in place, by the fastest kernel: :func:`tiled.accumulate_second_moment_`."""
+    implementation = _implementation(gradient, packed)
+    if implementation is not tiled and rotation is not None and gradient.shape[1] > implementation.LARGEST_ROTATED_RANK:
+        implementation = tiled
+    implementation.accumulate_second_moment_(packed, gradient, beta2, pending=pending, rotation=rotation, seed=seed)

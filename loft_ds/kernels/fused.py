@@ -1,0 +1,278 @@
+"""The two passes over the second moment on CUDA, in Triton: nothing but (k, r) and (l, r) data leaves the chip.
+
+:func:`projected_update` has the structure of flash attention. A program owns a tile of rows ``[P_i, M_i]``, the
+queries, and streams over the rows ``q_j`` of the basis: from them it builds a tile of Khatri-Rao products, the keys,
+block by block along the packed triangle, accumulates ``V`` and ``M``, divides, and multiplies back with ``q_j``, the
+values. An elementwise function stands where attention has its softmax, so no running maximum is needed.
+
+float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the oracle). The choice
+of the autotuner changes which program does a row, never the order of a sum: results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from .storage import HASH_MULTIPLIERS, seed_word
+
+# A row's (r, r) matrices, padded to powers of two, must fit on chip to be rotated there.
+LARGEST_ROTATED_RANK = 64
+
+_MULTIPLIER_1, _MULTIPLIER_2 = (tl.constexpr(m) for m in HASH_MULTIPLIERS)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+_CONFIGS = [
+    triton.Config({"ROWS": 64}, num_warps=4, num_stages=2),
+    triton.Config({"ROWS": 64}, num_warps=4, num_stages=3),
+    triton.Config({"ROWS": 128}, num_warps=8, num_stages=2),
+    triton.Config({"ROWS": 128}, num_warps=8, num_stages=3),
+    triton.Config({"ROWS": 32}, num_warps=4, num_stages=2),  # for devices with little shared memory
+]
+if knobs.runtime.interpret:
+    _CONFIGS = [triton.Config({"ROWS": 16})]  # nothing to measure; small, so that tests cross tile borders
+
+
+@triton.autotune(_CONFIGS, key=["RANK", "packed_is_float"])
+@triton.jit
+def _projected_update_kernel(  # type: ignore[no-untyped-def]
+    momentum,  # (k, RANK), contiguous
+    packed,  # (k, RANK (RANK + 1) / 2), contiguous
+    basis_t,  # (RANK, l), contiguous
+    triangle,  # int32 (2, RANK (RANK + 1) / 2): row and column of every packed entry
+    out,  # (splits, k, RANK), contiguous
+    k,
+    width,  # l, how many rows the basis has
+    columns_a_split,
+    inverse_correction1,
+    inverse_correction2,
+    eps,
+    limit,
+    packed_is_float: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out[split, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
+    LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    in_rows = rows[:, None] < k
+    # 64 bits: k * r (r + 1) / 2 passes 2**31 for one layer of a large model at r = 128.
+    wide_rows = rows.to(tl.int64)[:, None]
+    features = tl.arange(0, PADDED)
+    in_rank = features < RANK
+    block = tl.arange(0, BLOCK)
+
+    m = tl.load(momentum + wide_rows * RANK + features[None, :], mask=in_rows & in_rank[None, :], other=0.0)
+    m = m * inverse_correction1
+    total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
+    stop = tl.minimum((split + 1) * columns_a_split, width)
+    for start in range(split * columns_a_split, stop, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        in_columns = columns < stop
+        second = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for offset in range(0, LENGTH, BLOCK):
+            entries = offset + block
+            in_length = entries < LENGTH
+            s = tl.load(triangle + entries, mask=in_length, other=0)
+            t = tl.load(triangle + LENGTH + entries, mask=in_length, other=0)
+            loaded = in_length[:, None] & in_columns[None, :]
+            q_s = tl.load(basis_t + s[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            q_t = tl.load(basis_t + t[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            products = q_s * q_t * tl.where(s == t, 1.0, 2.0)[:, None]
+            p = tl.load(packed + wide_rows * LENGTH + entries[None, :], mask=in_rows & in_length[None, :], other=0.0)
+            second = tl.dot(p.to(tl.float32), products, acc=second, input_precision=PRECISION)
+        q = tl.load(
+            basis_t + features[:, None] * width + columns[None, :],
+            mask=in_rank[:, None] & in_columns[None, :],
+            other=0.0,
+        )
+        first = tl.dot(m, q, input_precision=PRECISION)
+        # See tiled._update_tiles for the form of the quotient. Padded columns have first = 0, so the quotient is 0.
+        inverse_root = tl.rsqrt(tl.maximum(second * inverse_correction2, _TINY, propagate_nan=tl.PropagateNan.ALL))
+        quotient = tl.maximum(first * inverse_root, -limit, propagate_nan=tl.PropagateNan.ALL)
+        quotient = tl.minimum(quotient, limit, propagate_nan=tl.PropagateNan.ALL)
+        quotient = quotient / (1.0 + eps * inverse_root)
+        total = tl.dot(quotient, tl.trans(q), acc=total, input_precision=PRECISION)
+    target = out + (split.to(tl.int64) * k + wide_rows) * RANK + features[None, :]
+    tl.store(target, total, mask=in_rows & in_rank[None, :])
+
+
+@triton.jit
+def _round_stochastically(values, seed):  # type: ignore[no-untyped-def]
+    """:func:`storage.round_stochastically`, the same bits."""
+    bits = values.to(tl.int32, bitcast=True)
+    noise = bits ^ seed
+    noise ^= (noise >> 16) & 0xFFFF
+    noise *= _MULTIPLIER_1
+    noise ^= (noise >> 15) & 0x1FFFF
+    noise *= _MULTIPLIER_2
+    noise ^= (noise >> 16) & 0xFFFF
+    rounded = ((bits + (noise & 0xFFFF)) & -0x10000).to(tl.float32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, values).to(tl.bfloat16)
+
+
+@triton.jit
+def _accumulate_kernel(  # type: ignore[no-untyped-def]
+    packed,  # (k, RANK (RANK + 1) / 2), contiguous
+    gradient,  # (k, RANK), contiguous
+    pending,  # (k, RANK), contiguous, already rotated
+    rotation,  # (RANK, RANK), contiguous
+    decay,
+    gradient_weight,
+    pending_weight,
+    seed,
+    HAS_PENDING: tl.constexpr,
+    HAS_ROTATION: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One row: unpack, rotate, decay, add the outer products, pack."""
+    LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, PADDED)
+    in_rank = features < RANK
+    i, j = features[:, None], features[None, :]
+    inside = (i < RANK) & (j < RANK)
+    low, high = tl.minimum(i, j), tl.maximum(i, j)
+    place = packed + row * LENGTH + low * RANK - low * (low - 1) // 2 + high - low
+    full = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ROTATION:
+        r = tl.load(rotation + i * RANK + j, mask=inside, other=0.0)
+        full = tl.dot(full, r, input_precision=PRECISION)
+        full = tl.dot(tl.trans(r), full, input_precision=PRECISION)
+    g = tl.load(gradient + row * RANK + features, mask=in_rank, other=0.0)
+    full = decay * full + gradient_weight * g[:, None] * g[None, :]
+    if HAS_PENDING:
+        h = tl.load(pending + row * RANK + features, mask=in_rank, other=0.0)
+        full += pending_weight * h[:, None] * h[None, :]
+    # The load reads every entry off the diagonal twice, from threads that may not be the one that writes it.
+    tl.debug_barrier()
+    if packed.dtype.element_ty == tl.bfloat16:
+        tl.store(place, _round_stochastically(full, seed), mask=inside & (i <= j))
+    else:
+        tl.store(place, full, mask=inside & (i <= j))
+
+
+@functools.cache
+def _precision(device: torch.device) -> str:
+    """How ``tl.dot`` multiplies float32: on tensor cores where they can do 3xTF32."""
+    if device.type == "cpu":  # the interpreter
+        return "ieee"
+    tensor_cores = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32x3" if tensor_cores else "ieee"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=64)
+def _triangle(rank: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(rank, rank, dtype=torch.int32, device=device)
+
+
+def _padded(rank: int) -> int:
+    """``tl.dot`` takes powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def supports(momentum: Tensor, packed: Tensor) -> bool:
+    """Whether these kernels take tensors of these dtypes."""
+    return momentum.dtype == torch.float32 and packed.dtype in (torch.float32, torch.bfloat16)
+
+
+def projected_update(
+    momentum: Tensor,
+    packed: Tensor,
+    basis: Tensor,
+    *,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    bound: float,
+) -> Tensor:
+    """``U @ basis`` (k, r) without ``U``. See :func:`reference.projected_update`."""
+    (k, rank), width = momentum.shape, basis.shape[0]
+    if not k or not width:
+        return momentum.new_zeros(k, rank)
+    columns = 64
+    # Few rows leave processors idle: then several programs share a tile of rows, each with a part of the columns.
+    # Partial sums are added in a fixed order, so that a run can be repeated bit by bit.
+    wanted = triton.cdiv(2 * _processors(momentum.device), triton.cdiv(k, 64))
+    columns_a_split = triton.cdiv(triton.cdiv(width, columns), wanted) * columns
+    splits = triton.cdiv(width, columns_a_split)
+    out = momentum.new_empty(splits, k, rank)
+    _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits)](
+        momentum.contiguous(),
+        packed.contiguous(),
+        basis.T.contiguous(),
+        _triangle(rank, momentum.device),
+        out,
+        k,
+        width,
+        columns_a_split,
+        1 / correction1,
+        1 / correction2,
+        eps,
+        bound * math.sqrt(correction2) / correction1,
+        packed_is_float=packed.dtype == torch.float32,
+        RANK=rank,
+        PADDED=_padded(rank),
+        COLUMNS=columns,
+        BLOCK=32,
+        PRECISION=_precision(momentum.device),
+    )
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def accumulate_second_moment_(
+    packed: Tensor,
+    gradient: Tensor,
+    beta2: float,
+    *,
+    pending: Tensor | None = None,
+    rotation: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """One pass over the second moments, in place. See :func:`tiled.accumulate_second_moment_`."""
+    k, rank = gradient.shape
+    if not k:
+        return
+    gradient = gradient.contiguous()
+    if pending is not None:
+        pending = (pending if rotation is None else pending @ rotation).contiguous()
+    target = packed.contiguous()
+    _accumulate_kernel[(k,)](
+        target,
+        gradient,
+        gradient if pending is None else pending,
+        gradient if rotation is None else rotation.contiguous(),
+        beta2 if pending is None else beta2**2,
+        1 - beta2,
+        beta2 * (1 - beta2),
+        seed_word(seed),
+        HAS_PENDING=pending is not None,
+        HAS_ROTATION=rotation is not None,
+        RANK=rank,
+        PADDED=_padded(rank),
+        PRECISION=_precision(gradient.device),
+        num_warps=4 if rank > 32 else 1,
+    )
+    if target is not packed:
+        packed.copy_(target)

@@ -1,0 +1,209 @@
+"""Every path of the kernels against the reference in float64, on fresh random input."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from loft_ds import kernels
+from loft_ds.algebra import cauchy_schwarz_bound
+from loft_ds.kernels import reference, tiled
+
+BETA1, BETA2, STEPS = 0.9, 0.99, 40
+SCALARS = {
+    "correction1": 1 - BETA1**STEPS,
+    "correction2": 1 - BETA2**STEPS,
+    "eps": 1e-8,
+    "bound": cauchy_schwarz_bound(BETA1, BETA2),
+}
+RANKS = [1, 2, 3, 5, 16, 17, 33, 64]
+# (k, n): rows fewer and more than columns, neither a multiple of a tile, and the empty and single ones.
+SHAPES = [(70, 131), (131, 70), (1, 9), (9, 1), (0, 5), (5, 0)]
+
+
+def moments(k: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Momentum (k, r) and packed second moment (k, p) of STEPS gradients, in float64: what an optimizer would hold."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(STEPS, k, rank, dtype=torch.float64, generator=generator)
+    ages = torch.arange(STEPS - 1, -1, -1, dtype=torch.float64)
+    momentum = torch.einsum("t,tkr->kr", (1 - BETA1) * BETA1**ages, gradients)
+    second = torch.einsum("t,tkr,tks->krs", (1 - BETA2) * BETA2**ages, gradients, gradients)
+    return momentum, reference.pack(second)
+
+
+def rows(count: int, rank: int, seed: int) -> Tensor:
+    """Rows (count, r) of unit columns on average, as an orthonormal basis has."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, rank, dtype=torch.float64, generator=generator) / math.sqrt(max(count, 1))
+
+
+def contraction(rank: int, seed: int) -> Tensor:
+    """What a calibration is: (r, r) with no singular value above 1."""
+    matrix = rows(rank, rank, seed)
+    return matrix / torch.linalg.matrix_norm(matrix, 2)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with no dimension contiguous."""
+    wide = tensor.new_empty(2 * tensor.shape[1], 2 * tensor.shape[0])
+    view = wide[::2, ::2].T
+    view.copy_(tensor)
+    return view
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Errors are measured against the largest entry: sums of many terms have no better entrywise bound."""
+    assert actual.shape == expected.shape
+    assert not actual.isnan().any()
+    if expected.numel():
+        assert float((actual.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+# In float64 only the order of sums differs. In float32 V, a sum of r^2 terms of either sign, loses digits where it is
+# small: 40 gradients leave it 1e-2 to 1e-3 of its terms, so U is good to about 1e3 roundings of 6e-8.
+UPDATE_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
+# The second moment itself is a short sum of products without such loss.
+MOMENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
+
+
+@pytest.mark.parametrize("name", ["projected_update", "normalized_update"])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_update(name: str, rank: int, dtype: torch.dtype) -> None:
+    for seed, (k, n) in enumerate(SHAPES):
+        momentum, packed = moments(k, rank, seed)
+        basis = rows(n, rank, 100 + seed)
+        expected = getattr(reference, name)(momentum, packed, basis, **SCALARS)
+        given = [t.to(dtype) for t in (momentum, packed, basis)]
+        actual = getattr(kernels, name)(*given, **SCALARS)
+        assert actual.dtype == dtype
+        assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
+        assert_close(getattr(kernels, name)(*map(strided, given), **SCALARS), expected, UPDATE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("k", "n", "rank"), [(2500, 1100, 4), (1030, 600, 16), (30, 515, 128), (3, 5, 128)])
+def test_update_across_tiles(k: int, n: int, rank: int) -> None:
+    momentum, packed = moments(k, rank, seed=k)
+    basis = rows(n, rank, seed=n)
+    expected = tiled.projected_update(momentum, packed, basis, **SCALARS)
+    some = torch.arange(0, k, max(1, k // 40))
+    assert_close(expected[some], reference.projected_update(momentum[some], packed[some], basis, **SCALARS), 1e-11)
+    assert_close(
+        tiled.projected_update(momentum.float(), packed.float(), basis.float(), **SCALARS),
+        expected,
+        UPDATE_TOLERANCE[torch.float32],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bound", [SCALARS["bound"], 0.5, math.inf])
+def test_bound(bound: float, dtype: torch.dtype) -> None:
+    """0.5 clamps most entries."""
+    momentum, packed = moments(50, 6, seed=1)
+    basis = rows(40, 6, seed=2)
+    scalars = {**SCALARS, "bound": bound}
+    expected = reference.projected_update(momentum, packed, basis, **scalars)
+    actual = tiled.projected_update(momentum.to(dtype), packed.to(dtype), basis.to(dtype), **scalars)
+    assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_vanishing_second_moment_gives_no_update(dtype: torch.dtype) -> None:
+    """Rounding can drive V to zero, or below, where M is not: the clamp decides, not a division by eps."""
+    momentum = torch.ones(3, 2, dtype=dtype)
+    packed = torch.tensor([[0.0, 0, 0], [-1e-9, 0, -1e-9], [1.0, -1, 1]], dtype=dtype)
+    basis = torch.ones(4, 2, dtype=dtype)
+    assert tiled.projected_update(momentum, packed, basis, **SCALARS).abs().max() < 1e-6
+
+
+def test_nan_is_not_hidden() -> None:
+    momentum, packed = moments(4, 3, seed=1)
+    momentum[1, 0] = math.nan
+    update = tiled.projected_update(momentum, packed, rows(5, 3, seed=2), **SCALARS)
+    assert update[1].isnan().all()
+    assert update[[0, 2, 3]].isfinite().all()
+
+
+def test_first_step_follows_the_sign() -> None:
+    """After one gradient |M| = sqrt(V) after bias correction: AdamW's first step is the sign of the gradient."""
+    gradient, basis = rows(200, 8, seed=3).float(), rows(100, 8, seed=4).float()
+    packed = torch.zeros(200, 36)
+    kernels.accumulate_second_moment_(packed, gradient, BETA2)
+    scalars = {**SCALARS, "correction1": 1 - BETA1, "correction2": 1 - BETA2, "eps": 1e-12}
+    update = tiled.normalized_update((1 - BETA1) * gradient, packed, basis, **scalars)
+    product = gradient @ basis.T
+    clear = product.abs() > 1e-2 * product.abs().max()  # elsewhere V is a rounding error, and the clamp's business
+    torch.testing.assert_close(update[clear], product.sign()[clear], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_accumulate(rank: int, dtype: torch.dtype, pending: bool, rotated: bool) -> None:
+    for seed, k in enumerate([0, 1, 37, 300]):
+        _, packed = moments(k, rank, seed)
+        gradient, resting = rows(k, rank, 200 + seed), rows(k, rank, 300 + seed)
+        arguments = {
+            "pending": resting if pending else None,
+            "rotation": contraction(rank, seed) if rotated else None,
+        }
+        expected = packed.clone()
+        reference.accumulate_second_moment_(expected, gradient, BETA2, **arguments)
+        for layout in (torch.Tensor.contiguous, strided):
+            cast = {key: None if t is None else layout(t.to(dtype)) for key, t in arguments.items()}
+            actual = layout(packed.to(dtype).clone())
+            kernels.accumulate_second_moment_(actual, layout(gradient.to(dtype)), BETA2, **cast)
+            assert actual.dtype == dtype
+            assert_close(actual, expected, MOMENT_TOLERANCE[dtype])
+
+
+def test_accumulate_across_tiles() -> None:
+    _, packed = moments(2100, 20, seed=5)
+    gradient, pending, rotation = rows(2100, 20, 6), rows(2100, 20, 7), contraction(20, 8)
+    expected = packed.clone()
+    reference.accumulate_second_moment_(expected, gradient, BETA2, pending=pending, rotation=rotation)
+    tiled.accumulate_second_moment_(packed, gradient, BETA2, pending=pending, rotation=rotation)
+    assert_close(packed, expected, MOMENT_TOLERANCE[torch.float64])
+
+
+class Allocations(TorchDispatchMode):
+    """The high-water mark of the storages that operations create, in bytes, while they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                self._storages[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("k", "n", "rank"), [(3000, 9000, 2), (2000, 3000, 16), (500, 600, 64), (140, 530, 128)])
+def test_extra_memory(stored: torch.dtype, k: int, n: int, rank: int) -> None:
+    """Of the shapes that fill the tiles; no larger shape takes more, since only tiles are ever allocated."""
+    dtype = torch.float64 if stored == torch.float64 else torch.float32
+    packed = torch.ones(k, rank * (rank + 1) // 2, dtype=stored)
+    momentum, basis = torch.ones(k, rank, dtype=dtype), torch.ones(n, rank, dtype=dtype)
+    with Allocations() as allocations:
+        result = tiled.projected_update(momentum, packed, basis, **SCALARS)
+    assert 0 < allocations.peak - result.nbytes <= tiled.WORKSPACE_BYTES
+    if k * n * rank > 1e8:
+        assert allocations.peak < k * n * rank  # let alone that many numbers
+    with Allocations() as allocations:
+        tiled.accumulate_second_moment_(
+            packed, momentum, BETA2, pending=momentum, rotation=torch.eye(rank, dtype=dtype)
+        )
+    assert 0 < allocations.peak <= tiled.WORKSPACE_BYTES

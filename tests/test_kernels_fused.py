@@ -1,0 +1,124 @@
+"""The Triton kernels against the reference: on the GPU where there is one, and always in Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, and PEFT imports it. So a process of its own runs this file
+again with ``TRITON_INTERPRET=1``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_kernels import (
+    BETA2,
+    MOMENT_TOLERANCE,
+    RANKS,
+    SCALARS,
+    SHAPES,
+    UPDATE_TOLERANCE,
+    assert_close,
+    contraction,
+    moments,
+    rows,
+    strided,
+)
+
+from loft_ds.kernels import reference, storage, tiled
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="neither GPU nor interpreter"
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@needs_kernels
+@pytest.mark.parametrize("rank", [*RANKS, 128])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_projected_update(rank: int, stored: torch.dtype) -> None:
+    from loft_ds.kernels import fused
+
+    # The interpreter takes a second for 1e6 entries of the triangle: large ranks get one small shape.
+    for seed, (k, n) in enumerate(SHAPES if rank <= 33 else [(19, 70)]):
+        momentum, packed = moments(k, rank, seed)
+        packed, basis = packed.to(stored), rows(n, rank, 100 + seed)
+        expected = reference.projected_update(momentum, packed.double(), basis, **SCALARS)
+        given = [momentum.float().to(DEVICE), packed.to(DEVICE), basis.float().to(DEVICE)]
+        for arguments in (given, [strided(t) for t in given]):
+            actual = fused.projected_update(*arguments, **SCALARS)
+            assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("bound", [0.5, float("inf")])
+def test_bound(bound: float) -> None:
+    from loft_ds.kernels import fused
+
+    momentum, packed = moments(50, 6, seed=1)
+    basis = rows(40, 6, seed=2)
+    scalars = {**SCALARS, "bound": bound}
+    expected = reference.projected_update(momentum, packed, basis, **scalars)
+    actual = fused.projected_update(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), **scalars)
+    assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
+
+
+@needs_kernels
+def test_nan_is_not_hidden() -> None:
+    from loft_ds.kernels import fused
+
+    momentum, packed = moments(4, 3, seed=1)
+    momentum[1, 0] = float("nan")
+    given = (t.float().to(DEVICE) for t in (momentum, packed, rows(5, 3, seed=2)))
+    update = fused.projected_update(*given, **SCALARS)
+    assert update[1].isnan().all()
+    assert update[[0, 2, 3]].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_accumulate(rank: int, stored: torch.dtype, pending: bool, rotated: bool) -> None:
+    from loft_ds.kernels import fused
+
+    for seed, k in enumerate([0, 1, 37]):
+        _, packed = moments(k, rank, seed)
+        packed, gradient, resting = packed.to(stored), rows(k, rank, 200 + seed), rows(k, rank, 300 + seed)
+        optional = {
+            "pending": resting if pending else None,
+            "rotation": contraction(rank, seed) if rotated else None,
+        }
+        expected = packed.double()
+        reference.accumulate_second_moment_(expected, gradient, BETA2, **optional)
+        cast = {key: None if t is None else t.float().to(DEVICE) for key, t in optional.items()}
+        for actual in (packed.to(DEVICE, copy=True), strided(packed.to(DEVICE))):
+            fused.accumulate_second_moment_(actual, gradient.float().to(DEVICE), BETA2, seed=seed, **cast)
+            # One unit in the last of bfloat16's 8 bits.
+            tolerance = MOMENT_TOLERANCE[torch.float32] if stored == torch.float32 else 2**-7
+            assert_close(actual.cpu(), expected, tolerance)
+
+
+@needs_kernels
+def test_stochastic_rounding_is_that_of_plain_torch() -> None:
+    from loft_ds.kernels import fused
+
+    _, packed = moments(30, 8, seed=1)
+    stored = packed.bfloat16().to(DEVICE)
+    plain = stored.clone()
+    # Without gradient and rotation both compute the very same float32 numbers.
+    fused.accumulate_second_moment_(stored, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
+    tiled.accumulate_second_moment_(plain, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
+    assert torch.equal(stored, plain)
+    assert torch.equal(plain, storage.round_stochastically(BETA2 * packed.bfloat16().float(), 7).to(DEVICE))

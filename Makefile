@@ -37,4 +37,4 @@ types: $(STAMP)
 	$(RUN) mypy
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

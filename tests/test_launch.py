@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch_helpers import CONFIGS, ROOT, make_model, write_text
+from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -328,7 +328,8 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
 def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model, text):
     out = tmp_path / "out"
     command = [
-        *(str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "launch/train.py"),
+        *(str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"),
+        *("--master_port", str(free_port()), "launch/train.py"),  # not the usual one: other jobs may run here
         *("--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", str(model), "--train_file", str(text)),
         *("--max_steps", "6", "--block_size", "32", "--lora_rank", "4", "--learning_rate", "1e-2"),
         *("--output_dir", str(out)),

@@ -1,0 +1,439 @@
+"""What an optimizer step costs: time and peak extra memory, every alternative side by side.
+
+    python benchmarks/step_time.py --quick                       # a minute, prints only
+    python benchmarks/step_time.py --official PATH --output benchmarks/results
+
+A cell is one linear layer of a real model at one rank. All methods of a cell run in turn in the same process, sample
+by sample, and so do the matrix product and the copy whose rates give the floor: what else the machine does hits all of
+them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
+
+The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
+with packed second moments (no square root, no division) and every number of its state read and written once.
+
+Extra memory is the highest that torch's allocator stood above its level before the step, in a step of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from loft_ds import LoFTAdamW
+
+# The distinct linear layers (out, in) of each model.
+MODELS = {
+    "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
+    "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
+    "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
+}
+RANKS = [1, 4, 16, 64, 128]
+LOFT, SIMPLE, OFFICIAL = "LoFT", "LoFT simple", "authors' LoFT"
+FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
+METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
+PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
+GIB = 2**30
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """The allocator's high-water mark above its level at the start."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def adapted_linear(shape: tuple[int, int], rank: int, device: torch.device) -> nn.Module:
+    """A PEFT model of one linear layer; the frozen matrix takes address space, never memory."""
+    with torch.device("meta"):
+        linear = nn.Linear(shape[1], shape[0], bias=False)
+    model = nn.Sequential()
+    model.add_module("linear", linear.to_empty(device=device))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["linear"]))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT's B = 0 would spare LoFT most of its work
+            nn.init.normal_(parameter, std=0.02)
+    return adapted.to(device)
+
+
+class Step:
+    """An optimizer with gradients set by hand, new ones each step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.gradients = [[torch.randn_like(p) * 1e-3 for p in parameters] for _ in range(2)]
+
+    def __call__(self) -> None:
+        """Two steps."""
+        for gradients in self.gradients:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+
+
+def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) -> Step:
+    if method == FULL:
+        parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
+        return Step(torch.optim.AdamW([parameter], fused=True), [parameter])
+    model = adapted_linear(shape, rank, device)
+    return Step(optimizer_of(method, model), [p for p in model.parameters() if p.requires_grad])
+
+
+def optimizer_of(method: str, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if method in (LOFT, SIMPLE):
+        return LoFTAdamW(model, lr=1e-4, second_moment="matrix" if method == LOFT else "elementwise")
+    if method == OFFICIAL:
+        return importlib.import_module("loft_optim.optimizer").LoFTAdamW(parameters, lr=1e-4, model=model)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=method == FUSED, foreach=method == FOREACH)
+
+
+def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
+    """Arithmetic and bytes of one LoFT step, the mean over a turn of ``B`` and one of ``A``."""
+    packed = rank * (rank + 1) // 2
+    operations = numbers = 0
+    for k, l in (shape, shape[::-1]):  # noqa: E741
+        operations += 2 * k * l * (packed + 2 * rank)  # V, M and U @ Q
+        operations += 3 * k * rank**3  # R.T P R, of whose second product only a triangle is needed
+        # Gradients of two steps, momentum, U to the factor; basis and two Gram matrices.
+        operations += 2 * rank**2 * (4 * k + 3 * l)
+        # P and X read and written once; M twice; two gradients and T read.
+        numbers += k * (2 * packed + 2 * rank + 4 * rank + 2 * rank) + l * rank
+    return operations / 2, 4 * numbers / 2
+
+
+def needed_bytes(method: str, shape: tuple[int, int], rank: int) -> float:
+    """State and temporaries, to leave out what cannot fit."""
+    packed, size = rank * (rank + 1) // 2, shape[0] * shape[1]
+    return {
+        LOFT: 4 * sum(shape) * (packed + 12 * rank) + 2**27,
+        # (k, r, r) twice while it is rotated; the (k, r, l) product and its product with T.
+        OFFICIAL: 4 * (2 * sum(shape) * rank**2 + 2 * size * rank + 2 * size),
+        FULL: 4 * 5 * size,
+    }.get(method, 4 * sum(shape) * rank * 20)
+
+
+def measure_cell(
+    shape: tuple[int, int], rank: int, methods: list[str], device: torch.device, repeats: int, limit: float
+) -> dict[str, Any]:
+    """Medians of all methods and the floor for one layer and rank. ``limit``: seconds of samples a method may take."""
+    steps: dict[str, Step] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for method in sorted(methods, key=lambda m: needed_bytes(m, shape, rank)):
+        needed = needed_bytes(method, shape, rank)
+        if needed > 0.9 * available_bytes(device):
+            results[method] = {"note": f"needs about {needed / GIB:.0f} GiB"}
+            continue
+        steps[method] = build(method, shape, rank, device)
+        steps[method]()
+        results[method] = {"extra_bytes": extra_bytes(steps[method], device), "samples": []}
+
+    left, right = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.ones(COPY_SIZE, device=device)
+    target = torch.empty_like(source)
+    rates: dict[str, list[float]] = {"flops": [], "bytes": []}
+    for repeat in range(repeats):
+        for method, step in steps.items():
+            samples = results[method]["samples"]
+            if repeat == 0 or sum(samples) * 2 * (1 + 1 / len(samples)) < limit:
+                samples.append(seconds(step, device) / 2)
+        for _ in range(2 if repeat == 0 else 1):  # the first of all warms up
+            product_time = seconds(lambda: torch.mm(left, right, out=product), device)
+            copy_time = seconds(lambda: target.copy_(source), device)
+        rates["flops"].append(2 * PRODUCT_SIZE**3 / product_time)
+        rates["bytes"].append(2 * source.nbytes / copy_time)
+    for result in results.values():
+        if "samples" in result:
+            result["seconds"] = statistics.median(result["samples"])
+    operations, moved = floor(shape, rank)
+    rate = {key: statistics.median(values) for key, values in rates.items()}
+    return {
+        "shape": list(shape),
+        "rank": rank,
+        "methods": {m: results[m] for m in methods},
+        "product_flops": rate["flops"],
+        "copy_bytes": rate["bytes"],
+        "floor_seconds": max(operations / rate["flops"], moved / rate["bytes"]),
+    }
+
+
+def measure_training(rank: int, methods: list[str], device: torch.device, repeats: int) -> dict[str, Any]:
+    """The optimizer's share of a training step of a Llama with SmolLM2-135M's shapes, on 4 x 512 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = peft.get_peft_model(LlamaForCausalLM(config), adapters).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    tokens = torch.randint(config.vocab_size, (4, 512), device=device)
+
+    def forward_backward() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    optimizers = {m: optimizer_of(m, model) for m in methods if m not in (OFFICIAL, FULL)}
+    samples: dict[str, list[float]] = {name: [] for name in ["forward and backward", *optimizers]}
+    for repeat in range(-1, repeats):
+        elapsed = []
+        for _ in range(1 if repeat < 0 else 2):
+            for parameter in parameters:
+                parameter.grad = None
+            elapsed.append(seconds(forward_backward, device))
+        if repeat < 0:  # warm-up; B = 0 in the first step
+            for parameter in parameters:
+                nn.init.normal_(parameter, std=0.02)
+        else:
+            samples["forward and backward"].append(statistics.mean(elapsed))
+        for name, optimizer in optimizers.items():
+            pair = statistics.mean(seconds(optimizer.step, device) for _ in range(2))
+            if repeat >= 0:
+                samples[name].append(pair)
+    return {"rank": rank, "tokens": tokens.numel(), "seconds": {n: statistics.median(s) for n, s in samples.items()}}
+
+
+def environment(device: torch.device, official: Path | None) -> dict[str, Any]:
+    """Where and how the numbers came about."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = f"{model[0].split(':')[1].strip() if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+    def commit(path: Path) -> str | None:
+        done = subprocess.run(["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+
+    packages = ["torch", "triton", "peft", "transformers"]
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return {
+        "device": name,
+        "dtype": "float32",
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", "benchmarks/step_time.py", *arguments]),
+        "commit": commit(Path(__file__).parent),
+        "official_commit": commit(official) if official else None,
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def show_time(value: float) -> str:
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def show_bytes(value: float) -> str:
+    return f"{value / 2**20:.1f} MiB" if value < GIB else f"{value / GIB:.2f} GiB"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(data: dict[str, Any]) -> Iterator[str]:
+    """The results in Markdown."""
+    where = data["environment"]
+    yield "# Time and extra memory of one optimizer step"
+    yield (
+        f"{where['device']}, {where['dtype']}, {where['date']}, commit `{(where['commit'] or 'unknown')[:12]}`"
+        + (f", authors' code at `{where['official_commit'][:12]}`" if where["official_commit"] else "")
+        + ", "
+        + ", ".join(f"{name} {v}" for name, v in where["versions"].items() if v)
+        + f".\n\nMade by `{where['command']}`. What is measured, and what the floor is, stands at the top of that file."
+        + ("" if data["cuda"] else "\n\n**On a GPU: not measured.** No CUDA device was at hand.")
+    )
+    for model in dict.fromkeys(cell["model"] for cell in data["cells"]):
+        cells = [cell for cell in data["cells"] if cell["model"] == model]
+        methods = [m for m in METHODS if m in cells[0]["methods"]]
+        for title, key, show in (("seconds", "seconds", show_time), ("extra memory", "extra_bytes", show_bytes)):
+            yield f"## {model}: {title}"
+            header = ["(out, in)", "r", *methods]
+            if key == "seconds":
+                header += ["floor", "floor / LoFT", "authors' / LoFT"]
+            rows = []
+            for cell in cells:
+                values = [cell["methods"][m] for m in methods]
+                row = [str(tuple(cell["shape"])), str(cell["rank"])]
+                row += [show(v[key]) if key in v else v["note"] for v in values]
+                if key == "seconds":
+                    loft, official = cell["methods"][LOFT].get(key), cell["methods"].get(OFFICIAL, {}).get(key)
+                    row.append(show(cell["floor_seconds"]))
+                    row.append(f"{cell['floor_seconds'] / loft:.0%}" if loft else "")
+                    row.append(f"{official / loft:.1f}" if loft and official else "")
+                rows.append(row)
+            yield table(header, rows)
+    if data["training"]:
+        yield "## Share of a training step, SmolLM2-135M's shapes"
+        yield (
+            "A Llama of SmolLM2-135M's configuration with random weights, adapters on all 210 linear layers, 4 x 512 "
+            "tokens, no gradient checkpointing. In brackets: the optimizer's part of forward, backward and step."
+        )
+        names = list(data["training"][0]["seconds"])
+        rows = []
+        for run in data["training"]:
+            base = run["seconds"][names[0]]
+            row = [show_time(base)]
+            row += [
+                f"{show_time(run['seconds'][n])} ({run['seconds'][n] / (base + run['seconds'][n]):.1%})"
+                for n in names[1:]
+            ]
+            rows.append([str(run["rank"]), *row])
+        yield table(["r", *names], rows)
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Time and extra memory over the rank, for the square layer of each model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    squares = [c for c in data["cells"] if c["shape"][0] == c["shape"][1]]
+    shapes = list(dict.fromkeys((c["model"], tuple(c["shape"])) for c in squares))
+    figure, axes = plt.subplots(2, len(shapes), figsize=(4.2 * len(shapes), 7), sharex=True, squeeze=False)
+    for column, (model, shape) in enumerate(shapes):
+        cells = [c for c in squares if (c["model"], tuple(c["shape"])) == (model, shape)]
+        for method in METHODS:
+            for axis, key, unit in ((axes[0][column], "seconds", 1e3), (axes[1][column], "extra_bytes", 2**-20)):
+                known = [
+                    (c["rank"], c["methods"][method][key] * unit) for c in cells if key in c["methods"].get(method, {})
+                ]
+                if known:
+                    style = {"linewidth": 2.5 if method == LOFT else 1.2, "marker": "o", "markersize": 4}
+                    axis.plot(*zip(*known, strict=True), label=method, **style)
+        axes[0][column].plot(
+            [c["rank"] for c in cells], [c["floor_seconds"] * 1e3 for c in cells], "k--", label="floor"
+        )
+        axes[0][column].set_title(f"{model}, {shape[0]} x {shape[1]}")
+        axes[1][column].set_xlabel("rank")
+        for axis in axes[:, column]:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks([c["rank"] for c in cells], [str(c["rank"]) for c in cells])
+            axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("one step, ms")
+    axes[1][0].set_ylabel("extra memory, MiB")
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(data["environment"]["device"], fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one layer, two ranks, two repeats")
+    parser.add_argument("--official", type=Path, help="a checkout of the authors' code, github.com/tnurbek/loft")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--square", action="store_true", help="only the square layer of each model")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=40.0, help="seconds of samples that a method may take in a cell")
+    parser.add_argument("--training-ranks", nargs="*", type=int, default=[16, 64])
+    parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="folder for step_time.json, .md and .png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    methods = [m for m in METHODS if m != OFFICIAL or arguments.official]
+    if arguments.official:
+        sys.path.insert(0, str(arguments.official))
+    models, ranks, repeats = arguments.models, arguments.ranks, arguments.repeats
+    if arguments.quick:
+        models, ranks, repeats, arguments.training_ranks = ["SmolLM2-135M"], [4, 16], 2, []
+    data: dict[str, Any] = {
+        "environment": environment(device, arguments.official),
+        "cuda": device.type == "cuda",
+        "cells": [],
+        "training": [],
+    }
+    for model in models:
+        shapes = MODELS[model][:1] if arguments.quick or arguments.square else MODELS[model]
+        for shape, rank in itertools.product(shapes, ranks):
+            cell = measure_cell(shape, rank, methods, device, repeats, arguments.limit)
+            data["cells"].append({"model": model, **cell})
+            times = {m: show_time(r["seconds"]) if "seconds" in r else r["note"] for m, r in cell["methods"].items()}
+            print(model, shape, f"r={rank}", times, "floor", show_time(cell["floor_seconds"]), flush=True)
+            gc.collect()
+    for rank in arguments.training_ranks:
+        data["training"].append(measure_training(rank, methods, device, min(3, repeats)))
+        print(data["training"][-1], flush=True)
+    text = "\n\n".join(report(data)) + "\n"
+    print(text)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "step_time.json").write_text(json.dumps(data, indent=1) + "\n")
+        (arguments.output / "step_time.md").write_text(text)
+        plot(data, arguments.output / "step_time.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from .checkpoint import last_tag, load_checkpoint, save_checkpoint
+from .durable import CheckpointError
+from .export import trained_state_dict
 from .optimizer import LoFTAdamW
 
 if TYPE_CHECKING:
@@ -88,6 +94,39 @@ class LoFTMixin(Base):
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._loft._global_grad_norm
 
+    @property
+    def _own_checkpoints(self) -> bool:
+        """Whether state lies in :mod:`loft_ds.checkpoint`'s format: DeepSpeed's cannot change world size or stage."""
+        return self.use_loft and self.is_deepspeed_enabled
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True and self._own_checkpoints:
+            resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._own_checkpoints:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_checkpoint(self.model_wrapped, output_dir)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is None or not self._own_checkpoints:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed the scheduler alone
+        return prepared
+
+    def _load_best_model(self) -> None:
+        if self._own_checkpoints:
+            load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter as PEFT does, from any ZeRO stage, without the frozen weights passing through memory."""
         if not self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
@@ -98,27 +137,13 @@ class LoFTMixin(Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
 
+def _last_whole_checkpoint(folder: Path) -> str:
+    """The last of the Trainer's ``checkpoint-<n>`` folders that a crash did not cut short."""
+    whole = [c for c in folder.glob("checkpoint-*") if (c / TRAINER_STATE_NAME).is_file() and last_tag(c) is not None]
+    if not whole:
+        raise CheckpointError(f"{folder}: holds no whole checkpoint to resume from")
+    return str(max(whole, key=lambda c: int(c.name.rsplit("-", 1)[1])))
+
+
 class LoFTTrainer(LoFTMixin, Trainer):
     """A Trainer that trains with LoFT: see :class:`LoFTMixin`."""
-
-
-def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters and the buffers, whole, on the CPU, under any ZeRO stage.
-
-    A collective under stage 3: all ranks call it, one parameter at a time is gathered.
-    """
-    state = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            state[name] = _whole(param)
-    state.update({name: buffer.detach().cpu() for name, buffer in model.named_buffers()})
-    return state
-
-
-def _whole(param: nn.Parameter) -> Tensor:
-    if not hasattr(param, "ds_id"):
-        return param.detach().cpu()
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters([param]):
-        return param.detach().cpu().clone()

@@ -78,7 +78,8 @@ class LoFTAdamW(Optimizer):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
-        self._trainable = find_trainable(model)
+        self.model = model
+        self.trainable = find_trainable(model)
         self.max_grad_norm = max_grad_norm
         self.alternate = alternate
         self.gradient_scaling = gradient_scaling
@@ -90,12 +91,13 @@ class LoFTAdamW(Optimizer):
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
-        trained = [f.param for f in self._trainable.factors] + list(self._trainable.others.values())
+        trained = [f.param for f in self.trainable.factors] + list(self.trainable.others.values())
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(_groups(trained if params is None else params, trained), defaults)
         for group in self.param_groups:
             _check(group)
         self._params = {id(p) for p in trained}
+        self.group_members = [list(group["params"]) for group in self.param_groups]  # DeepSpeed rewrites the groups
         self._shapes = sorted(shape_of(p) for p in trained)
         self._rehearsed = False
         # Under this name engine.get_global_grad_norm() looks for it; written in place, so that whoever asks before a
@@ -103,13 +105,27 @@ class LoFTAdamW(Optimizer):
         self._global_grad_norm = torch.full((), math.nan, dtype=torch.float64, device=trained[0].device)
         for p in trained:
             _replace_hook(p, self._on_gradient)
-        if self._trainable.untreated:
-            listed = [f"{name} ({reason})" for name, reason in sorted(self._trainable.untreated.items())]
+        if self.trainable.untreated:
+            listed = [f"{name} ({reason})" for name, reason in sorted(self.trainable.untreated.items())]
             rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
             warnings.warn(
                 f"LoFT does not treat these adapter parameters, AdamW moves them: {', '.join(listed[:8])}{rest}",
                 stacklevel=2,
             )
+
+    @property
+    def variant(self) -> dict[str, bool | str]:
+        """The switches of the method: state that one variant has gathered means nothing to another."""
+        switches = (
+            "alternate",
+            "gradient_scaling",
+            "momentum_calibration",
+            "second_moment_calibration",
+            "projected_update",
+            "projected_clipping",
+            "second_moment",
+        )
+        return {switch: getattr(self, switch) for switch in switches}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer is built: factors are paired at construction."""
@@ -122,17 +138,28 @@ class LoFTAdamW(Optimizer):
         """The norm that the last step was clipped by, before clipping: see ``max_grad_norm``. NaN before any step."""
         return float(self._global_grad_norm)
 
-    def _on_gradient(self, _: Tensor) -> None:
-        """Attach to DeepSpeed when the first gradient arrives: the first moment after ``deepspeed.initialize`` that
-        comes before the first clipping, and one that nothing else can take for us.
+    def attach(self) -> Layout | None:
+        """Find out where the master weights lie: with the DeepSpeed engine that steps this optimizer, or in the
+        parameters themselves. None where DeepSpeed is still building its engine.
+
+        The first gradient does this unasked; :mod:`loft_ds.checkpoint` asks before it.
+
+        Raises:
+            RuntimeError: DeepSpeed trains the parameters with another optimizer.
+            NotImplementedError: an engine or a setting that LoFT does not know.
         """
         if self._layout is None:
-            engine = find_engine(self, self._trainable)
+            engine = find_engine(self, self.trainable)
             if engine is not None:
-                self._layout = layout_of(engine, self._trainable)
+                self._layout = layout_of(engine, self.trainable)
                 self._clipping = Clipping(engine)
             elif self._handed_own_parameters():
-                self._layout = Whole(self._trainable.factors, self._trainable.others)
+                self._layout = Whole(self.trainable.factors, self.trainable.others)
+        return self._layout
+
+    def _on_gradient(self, _: Tensor) -> None:
+        """Take DeepSpeed's clipping over when a gradient arrives: before the first step would clip."""
+        self.attach()
         if self._clipping is not None and self._clipping.pending:
             norm = self._clipping.take()
             if self.max_grad_norm not in (None, norm):
@@ -154,10 +181,7 @@ class LoFTAdamW(Optimizer):
         Raises:
             RuntimeError: gradients came to this optimizer, but none to the parameters it was built from.
         """
-        if self._layout is not None:
-            return True
-        if self._handed_own_parameters():  # gradients were set by hand
-            self._layout = Whole(self._trainable.factors, self._trainable.others)
+        if self._layout is not None or (self._handed_own_parameters() and self.attach()):
             return True
         handed = [p for group in self.param_groups for p in group["params"]]
         clones = sorted(p.shape for p in handed) == self._shapes

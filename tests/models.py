@@ -76,7 +76,7 @@ def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
     from loft_ds.kernels.reference import unpack
 
     out = {}
-    for factor in optimizer._trainable.factors:
+    for factor in optimizer.trainable.factors:
         state = optimizer.state[factor.name]
         elementwise = optimizer.second_moment == "elementwise"
         second = state["second_moment"].double()

@@ -98,14 +98,14 @@ def train_sharded(
         with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
             params[name] = p.detach().float().clone()
     outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
-    outcome.steps = {f.name: optimizer.state[f.name]["step"] for f in optimizer._trainable.factors}
+    outcome.steps = {f.name: optimizer.state[f.name]["step"] for f in optimizer.trainable.factors}
     for factor, partition in getattr(optimizer._layout, "_partitions", {}).items():
         inside = [int(b) % factor.rank for b in partition.bounds if 0 < b < factor.numel]
         if any(inside):
             outcome.cuts.append(factor.name)
         if int(partition.rows[rank]) == 0:
             outcome.empty.append(factor.name)
-    for factor in optimizer._trainable.factors:
+    for factor in optimizer.trainable.factors:
         for kind in ("momentum", "second_moment"):
             size = optimizer.state[factor.name][kind].numel()
             outcome.elements[kind] = outcome.elements.get(kind, 0) + size

@@ -40,7 +40,7 @@ def test_factors_alternate():
 def test_everything_else_gets_adamw():
     """Biases and saved modules: torch.optim.AdamW to the last few bits, alone with the gradient of the same loss."""
     model = odd_model(torch.float64)
-    for factor in LoFTAdamW(model)._trainable.factors:
+    for factor in LoFTAdamW(model).trainable.factors:
         factor.param.requires_grad_(False)
     twin = copy.deepcopy(model)
     first = model.base_model.model[0]

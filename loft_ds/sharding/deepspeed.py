@@ -193,7 +193,9 @@ def _stage1_and_2(wrapper: Any, trainable: Trainable) -> Layout:
             parts[rank].data.copy_(flat.data)
 
     held = _flattened(wrapper.bit16_groups, wrapper.bit16_groups_flat, flats, rank)
-    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), publish)
+    return Sharded(
+        trainable.factors, trainable.others, held, flats, group, _device(), publish, wrapper.update_lp_params
+    )
 
 
 def _bf16(wrapper: Any, trainable: Trainable) -> Layout:
@@ -201,7 +203,8 @@ def _bf16(wrapper: Any, trainable: Trainable) -> Layout:
     group = _one_group(wrapper.real_dp_process_group)
     flats = wrapper.fp32_groups_flat_partition
     held = _flattened(wrapper.bf16_groups, wrapper.bf16_groups_flat, flats, torch.distributed.get_rank(group))
-    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), publish=lambda: None)
+    refresh = wrapper.update_lp_params
+    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), lambda: None, refresh)
 
 
 def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
@@ -222,4 +225,10 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
         for part, flat in zip(wrapper.fp16_partitioned_groups_flat, flats, strict=True):
             part.data.copy_(flat.data)
 
-    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), publish)
+    def refresh() -> None:
+        publish()
+        if wrapper.persistent_parameters:  # small ones are kept whole between steps
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), publish, refresh)

@@ -53,8 +53,25 @@ class Layout(ABC):
     """Where a rank's share of every trainable parameter lies.
 
     A step is ``collect`` until it is complete, ``read``, arithmetic on rows, ``write``. Every method but
-    ``collect`` is a collective: all ranks call the same ones in the same order.
+    ``collect`` and those that only say who holds what is a collective: all ranks call the same ones in the same order.
     """
+
+    world: int = 1  # the ranks that the rows are spread over
+    rank: int = 0  # this one among them
+
+    @abstractmethod
+    def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """The part of a parameter's master weights that this rank holds, flat and writable, and the ``bounds`` (N + 1,)
+        of all ranks' parts: rank q holds the flat elements ``bounds[q]:bounds[q + 1]``.
+        """
+
+    @abstractmethod
+    def row_bounds(self, factor: Factor) -> Tensor:
+        """(N + 1,), rank q owns the feature rows ``row_bounds[q]:row_bounds[q + 1]``."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring the model's own weights up to date with master weights that were written through :meth:`held`."""
 
     @abstractmethod
     def collect(self, param_groups: Sequence[Group]) -> bool:
@@ -110,6 +127,16 @@ class Whole(Layout):
         self._master: Callable[[nn.Parameter], Tensor] = masters.__getitem__ if masters else lambda param: param
         self._groups: dict[int, Group] = {}
         self._rows: dict[Factor, Rows] = {}
+
+    def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
+        return self._master(param).detach().view(-1), torch.tensor([0, param.numel()])
+
+    def row_bounds(self, factor: Factor) -> Tensor:
+        return torch.tensor([0, factor.count])
+
+    def refresh(self) -> None:
+        for param in [f.param for f in self._factors] + list(self._others.values()):
+            param.detach().copy_(self._master(param).detach())
 
     def collect(self, param_groups: Sequence[Group]) -> bool:
         self._groups = group_by_tensor(param_groups)

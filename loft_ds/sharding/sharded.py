@@ -49,8 +49,9 @@ class Sharded(Layout):
         flats: the tensors that the optimizer will be handed, one or more a call.
         group: the ranks among which the parameters are partitioned.
         device: where the group's collectives want their buffers.
-        publish: copies the float32 values into what the model computes with. DeepSpeed does so after every call of
-            ``step``, which is too early for the groups that came before the last one.
+        publish: copies this rank's float32 values into what the model computes with. DeepSpeed does so after every
+            call of ``step``, which is too early for the groups that came before the last one.
+        refresh: the same for all ranks' values, outside a step.
     """
 
     def __init__(
@@ -62,15 +63,18 @@ class Sharded(Layout):
         group: dist.ProcessGroup,
         device: torch.device,
         publish: Callable[[], None],
+        refresh: Callable[[], None],
     ) -> None:
         self._factors = factors
         self._others = others
         self._held = held
         self._expected = {id(flat) for flat in flats}
         self._group = group
-        self._rank = dist.get_rank(group)
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
         self._device = device
         self._publish = publish
+        self._refresh = refresh
         self._arrived: dict[int, tuple[Tensor, Group]] = {}
         self._partitions = {f: Partition(f, held[f.param].bounds) for f in factors}
         self._split: dict[str, list[Factor]] = {"A": [], "B": []}
@@ -78,12 +82,22 @@ class Sharded(Layout):
             if self._partitions[f].is_split:
                 self._split[f.side].append(f)
         self._to_rows = {
-            side: plan_rows([self._partitions[f] for f in split], self._rank) if split else None
+            side: plan_rows([self._partitions[f] for f in split], self.rank) if split else None
             for side, split in self._split.items()
         }
         self._to_flat = {side: plan.reversed() if plan else None for side, plan in self._to_rows.items()}
         self._gathers: dict[tuple[Factor, ...], Exchange | None] = {}
         self._rows: dict[Factor, Rows] = {}
+
+    def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
+        held = self._held[param]
+        return held.interval(held.flat.detach(), self.rank), held.bounds
+
+    def row_bounds(self, factor: Factor) -> Tensor:
+        return self._partitions[factor].row_bounds
+
+    def refresh(self) -> None:
+        self._refresh()
 
     def collect(self, param_groups: Sequence[Group]) -> bool:
         for group in param_groups:
@@ -107,7 +121,7 @@ class Sharded(Layout):
         """Values, gradient and parameter group of what this rank holds of a parameter."""
         held = self._held[param]
         grad, group = self._arrived[id(held.flat)]
-        return held.interval(held.flat.detach(), self._rank), held.interval(grad, self._rank), group
+        return self.held(param)[0], held.interval(grad, self.rank), group
 
     def read(self) -> Share:
         self._rows = {}
@@ -117,7 +131,7 @@ class Sharded(Layout):
                 rows = len(values) // factor.rank
                 shape = (factor.rank, rows) if factor.side == "A" else (rows, factor.rank)
                 values, grad = (factor.rows_of(t.reshape(shape)) for t in (values, grad))
-                self._rows[factor] = Rows(values, grad, 0, group)
+                self._rows[factor] = Rows(values, grad, int(self._partitions[factor].row_bounds[self.rank]), group)
         for side, split in self._split.items():
             exchange = self._to_rows[side]
             if exchange is None:
@@ -128,7 +142,7 @@ class Sharded(Layout):
             place = 0
             for factor, (_, _, group) in zip(split, intervals, strict=True):
                 partition = self._partitions[factor]
-                start, rows = int(partition.row_bounds[self._rank]), int(partition.rows[self._rank])
+                start, rows = int(partition.row_bounds[self.rank]), int(partition.rows[self.rank])
                 block = received[place : place + rows * factor.rank]
                 values, grad = (block[:, i].reshape(rows, factor.rank) for i in (0, 1))
                 self._rows[factor] = Rows(values.clone(), grad.clone(), start, group)
@@ -137,7 +151,7 @@ class Sharded(Layout):
         others = []
         for name, param in self._others.items():
             values, grad, group = self._interval(param)
-            others.append(Slice(name, values, grad, int(self._held[param].bounds[self._rank]), group))
+            others.append(Slice(name, values, grad, int(self._held[param].bounds[self.rank]), group))
         return Share(self._rows, others)
 
     def _buckets(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, ...]]:
@@ -157,7 +171,7 @@ class Sharded(Layout):
             if bucket not in self._gathers:
                 partitions = [self._partitions[f] for f in bucket]
                 partners = [self._partitions[f.partner] for f in bucket]
-                self._gathers[bucket] = plan_gather(partitions, partners, self._rank)
+                self._gathers[bucket] = plan_gather(partitions, partners, self.rank)
             exchange = self._gathers[bucket]
             received = None
             if exchange is not None:
@@ -168,7 +182,7 @@ class Sharded(Layout):
                 if len(self._rows[factor].values) == 0:
                     continue
                 partner = factor.partner
-                if bool(self._partitions[partner].holds_whole[self._rank]):
+                if bool(self._partitions[partner].holds_whole[self.rank]):
                     yield factor, self._rows[partner].values
                 else:
                     assert received is not None

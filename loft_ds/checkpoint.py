@@ -1,0 +1,377 @@
+"""Checkpoints that survive another world size, another ZeRO stage, and a crash at any moment.
+
+A checkpoint is a folder ``TAG`` beside a file ``latest`` that names it::
+
+    latest                                    the tag, written last
+    global_step12/manifest.json               who wrote which rows, counters, settings, a digest of every file
+    global_step12/rank-00000-of-00004.safetensors
+
+Every rank writes what it holds: master weights by flat interval, moments by feature rows. A reader opens the files
+that overlap with what *it* holds and reads those rows only, so any number of ranks at any stage can take over and none
+ever has the whole. safetensors and JSON cannot run code. (torch.distributed.checkpoint reshards as well, but its
+metadata is a pickle, and no file of it says whether it arrived whole.)
+
+All files are written beside, synced and renamed; ``latest`` moves last. A crash at any moment leaves the checkpoint
+before. The folder must be one that all ranks see.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .durable import (
+    CheckpointError,
+    all_gather,
+    aside,
+    digest,
+    first_rank,
+    read_json,
+    replace,
+    sync,
+    together,
+    write_json,
+)
+from .factors import Factor, shape_of
+from .optimizer import LoFTAdamW
+from .sharding import Layout
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+FORMAT = 1
+# What a factor's state holds a row of each feature row of; the rest is small and the same on every rank.
+ROW_STATE = ("momentum", "second_moment", "pending", "previous")
+FLAT_STATE = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, tag: str | None = None) -> Path:
+    """Save all that training goes on from: master weights, moments, counters, scheduler, loss scale.
+
+    A collective: every rank calls it.
+
+    Args:
+        target: the engine, or without DeepSpeed the optimizer.
+        directory: where checkpoints of this run lie.
+        tag: name of this one; ``global_step<n>`` if None.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    optimizer, layout, engine = attached(target)
+    directory = Path(directory)
+    tag = tag or f"global_step{_steps(optimizer)}"
+    final, beside = directory / tag, directory / f".{tag}.partial"
+    with together():
+        if first_rank():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    name = _file_name(layout.rank, layout.world)
+    with together():
+        written = {}
+        if _writes(layout):
+            save_file(_local_tensors(optimizer, layout), beside / name)
+            sync(beside / name)
+            written[name] = digest(beside / name)
+    files = {name: digest for part in all_gather(written) for name, digest in part.items()}
+    with together():
+        if first_rank():
+            if engine is not None and _buffers(engine.module):
+                save_file(_buffers(engine.module), beside / "buffers.safetensors")
+                sync(beside / "buffers.safetensors")
+                files["buffers.safetensors"] = digest(beside / "buffers.safetensors")
+            write_json(beside / "manifest.json", {**_manifest(optimizer, layout, engine), "files": files})
+            replace(beside, final)
+            (directory / "latest.partial").write_text(tag)
+            sync(directory / "latest.partial")
+            replace(directory / "latest.partial", directory / "latest")
+    return final
+
+
+def load_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, tag: str | None = None) -> Path:
+    """Go on from a checkpoint, saved on any number of ranks at any ZeRO stage, with or without DeepSpeed.
+
+    A collective: every rank calls it. Either every rank has loaded all of it or none has changed anything.
+
+    Args:
+        target: the engine, or without DeepSpeed the optimizer.
+        directory: where the run's checkpoints lie.
+        tag: which one; the last if None.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, if it is missing or damaged (naming the file), or of another model, rank, set of
+            target modules or variant of LoFT (naming the first difference).
+    """
+    optimizer, layout, engine = attached(target)
+    directory = Path(directory)
+    with together():
+        folder = directory / tag if tag else _latest(directory)
+        manifest = read_json(folder / "manifest.json")
+        _compare(manifest, optimizer, folder)
+        _verify(folder, manifest)
+        loaded = {name: _read(folder, manifest, layout, optimizer, name) for name in manifest["parameters"]}
+        buffers = _read_file(folder / "buffers.safetensors") if "buffers.safetensors" in manifest["files"] else {}
+    params = _parameters(optimizer)
+    optimizer.state.clear()
+    for name, (values, state) in loaded.items():
+        held, _ = layout.held(params[name])
+        held.copy_(values)
+        if state:
+            optimizer.state[name] = state
+    layout.refresh()
+    for group, saved in zip(optimizer.param_groups, manifest["groups"], strict=True):
+        group.update({key: tuple(v) if key == "betas" else v for key, v in saved["settings"].items()})
+    if engine is not None:
+        own = dict(engine.module.named_buffers())
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
+        _restore_engine(engine, manifest["engine"])
+    return folder
+
+
+def last_tag(directory: str | Path) -> str | None:
+    """The tag of the last whole checkpoint in a folder; None where there is none."""
+    file = Path(directory) / "latest"
+    return file.read_text(errors="replace").strip() if file.is_file() else None
+
+
+def attached(target: DeepSpeedEngine | LoFTAdamW) -> tuple[LoFTAdamW, Layout, DeepSpeedEngine | None]:
+    """The optimizer of an engine, or the optimizer itself, with its layout.
+
+    Raises:
+        TypeError: the engine trains with another optimizer.
+        RuntimeError: the engine is still being built.
+    """
+    engine = None if isinstance(target, LoFTAdamW) else target
+    optimizer = target if isinstance(target, LoFTAdamW) else target.basic_optimizer
+    if not isinstance(optimizer, LoFTAdamW):
+        raise TypeError(f"the engine trains with {type(optimizer).__name__}, not with LoFTAdamW")
+    layout = optimizer.attach()
+    if layout is None:
+        raise RuntimeError("LoFTAdamW has no parameters yet: deepspeed.initialize has not ended")
+    return optimizer, layout, engine
+
+
+def _factors(optimizer: LoFTAdamW) -> dict[str, Factor]:
+    return {f.name: f for f in optimizer.trainable.factors}
+
+
+def _parameters(optimizer: LoFTAdamW) -> dict[str, nn.Parameter]:
+    return {f.name: f.param for f in optimizer.trainable.factors} | optimizer.trainable.others
+
+
+def _steps(optimizer: LoFTAdamW) -> int:
+    return max((state["step"] for state in optimizer.state.values() if state), default=0)
+
+
+def _local_tensors(optimizer: LoFTAdamW, layout: Layout) -> dict[str, Tensor]:
+    """What this rank writes, keyed ``name|kind``; bases are written by the first rank alone."""
+    tensors = {}
+    for name, param in _parameters(optimizer).items():
+        tensors[f"{name}|values"] = layout.held(param)[0]
+        state = optimizer.state.get(name, {})
+        tensors.update({f"{name}|{kind}": state[kind] for kind in ROW_STATE + FLAT_STATE if kind in state})
+        if layout.rank == 0 and "basis" in state:
+            tensors[f"{name}|basis"] = state["basis"]
+    return {
+        key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items() if t.numel()
+    }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers, such as a saved module's running statistics."""
+    persistent = model.state_dict().keys()
+    return {name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent}
+
+
+def _manifest(optimizer: LoFTAdamW, layout: Layout, engine: DeepSpeedEngine | None) -> dict[str, Any]:
+    factors = _factors(optimizer)
+    parameters = {}
+    for name, param in _parameters(optimizer).items():
+        state = optimizer.state.get(name, {})
+        parameters[name] = {
+            **_description(name, optimizer),
+            "step": state.get("step", 0),
+            "state": sorted(kind for kind in state if isinstance(state[kind], Tensor)),
+            "held": layout.held(param)[1].tolist(),
+            "rows": layout.row_bounds(factors[name]).tolist() if name in factors else None,
+        }
+    names = {id(p): name for name, p in _parameters(optimizer).items()}
+    groups = [
+        {
+            "parameters": sorted(names[id(p)] for p in members),
+            "settings": {k: v for k, v in group.items() if k != "params" and isinstance(v, int | float | tuple | list)},
+        }
+        for group, members in zip(optimizer.param_groups, optimizer.group_members, strict=True)
+    ]
+    return {
+        "format": FORMAT,
+        "world": layout.world,
+        "variant": optimizer.variant,
+        "parameters": parameters,
+        "groups": groups,
+        "engine": None if engine is None else _engine_state(engine),
+    }
+
+
+def _description(name: str, optimizer: LoFTAdamW) -> dict[str, Any]:
+    """What must be the same for a parameter's state to mean the same."""
+    factor, shape = _factors(optimizer).get(name), list(shape_of(_parameters(optimizer)[name]))
+    if factor is None:
+        return {"role": "other", "shape": shape}
+    return {"role": factor.side, "shape": shape, "partner": factor.partner.name}
+
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+
+
+def _engine_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scheduler = engine.lr_scheduler
+    return {
+        "counters": {key: getattr(engine, key) for key in COUNTERS},
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else None,
+    }
+
+
+def _restore_engine(engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:
+    if saved is None:  # saved without DeepSpeed
+        return
+    for key, value in saved["counters"].items():
+        setattr(engine, key, value)
+    if engine.lr_scheduler is not None and saved["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(saved["scheduler"])
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and saved["loss_scaler"] is not None:
+        vars(scaler).update({k: v for k, v in saved["loss_scaler"].items() if k in vars(scaler)})
+
+
+def _latest(directory: Path) -> Path:
+    tag = last_tag(directory)
+    if tag is None:
+        raise CheckpointError(f"{directory / 'latest'}: no such file, so {directory} holds no whole checkpoint")
+    if tag and Path(tag).name == tag:
+        for folder in (directory / tag, aside(directory / tag)):
+            if folder.is_dir():
+                return folder
+    raise CheckpointError(f"{directory / 'latest'}: names {tag!r}, and there is no such checkpoint beside it")
+
+
+def _compare(manifest: dict[str, Any], optimizer: LoFTAdamW, folder: Path) -> None:
+    """Refuse a checkpoint of something else, with the first difference."""
+    file = folder / "manifest.json"
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{file}: is of format {manifest['format']}, this version reads {FORMAT}")
+    for key, value in optimizer.variant.items():
+        if manifest["variant"].get(key) != value:
+            raise CheckpointError(f"{file}: was saved with {key}={manifest['variant'].get(key)}, not {key}={value}")
+    saved, own = manifest["parameters"], _parameters(optimizer)
+    for name in own:
+        if name not in saved:
+            raise CheckpointError(f"{file}: has no {name}, which this model trains")
+    for name in saved:
+        if name not in own:
+            raise CheckpointError(f"{file}: has {name}, which this model does not train")
+        for key, value in _description(name, optimizer).items():
+            if saved[name][key] != value:
+                raise CheckpointError(f"{file}: {name} has {key} {saved[name][key]}, in this model {value}")
+    names = {id(p): name for name, p in own.items()}
+    members = [sorted(names[id(p)] for p in group) for group in optimizer.group_members]
+    if [group["parameters"] for group in manifest["groups"]] != members:
+        raise CheckpointError(f"{file}: its parameters are in {len(manifest['groups'])} other groups than here")
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check every file's digest, each rank a part of them."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for name, expected in sorted(manifest["files"].items())[rank::world]:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+        if digest(file) != expected:
+            raise CheckpointError(f"{file}: is damaged: its contents are not those that were saved")
+
+
+def _read(
+    folder: Path, manifest: dict[str, Any], layout: Layout, optimizer: LoFTAdamW, name: str
+) -> tuple[Tensor, dict[str, Any]]:
+    """This rank's part of one parameter: its master weights and its state."""
+    saved, param, factor = manifest["parameters"][name], _parameters(optimizer)[name], _factors(optimizer).get(name)
+    held, bounds = layout.held(param)
+    start, stop = int(bounds[layout.rank]), int(bounds[layout.rank + 1])
+    world = manifest["world"]
+
+    def part(kind: str, pieces: list[int], first: int, last: int) -> Tensor:
+        return _read_range(folder, world, f"{name}|{kind}", pieces, first, last).to(held.device)
+
+    values = part("values", saved["held"], start, stop).view(-1)
+    if not saved["state"]:
+        return values, {}
+    state: dict[str, Any] = {"step": saved["step"]}
+    if factor is None:
+        state["start"] = start
+        state.update({kind: part(kind, saved["held"], start, stop).view(-1) for kind in FLAT_STATE})
+        return values, state
+    row_bounds = layout.row_bounds(factor)
+    start, stop = int(row_bounds[layout.rank]), int(row_bounds[layout.rank + 1])
+    state["start"] = start
+    for kind in ROW_STATE:
+        if kind in saved["state"]:
+            rows = part(kind, saved["rows"], start, stop)
+            width = factor.rank
+            if kind == "second_moment" and optimizer.second_moment == "matrix":
+                width = factor.rank * (factor.rank + 1) // 2
+            state[kind] = rows.view(stop - start, width)
+    if "basis" in saved["state"]:
+        with _opened(folder / _file_name(0, world)) as file:
+            state["basis"] = file.get_tensor(f"{name}|basis").to(held.device)
+    return values, state
+
+
+def _read_range(folder: Path, world: int, key: str, pieces: list[int], start: int, stop: int) -> Tensor:
+    """``[start, stop)`` along the first dimension of a tensor of which rank q of ``world`` wrote
+    ``[pieces[q], pieces[q + 1])``.
+    """
+    parts = []
+    for rank in range(world):
+        low, high = max(start, pieces[rank]), min(stop, pieces[rank + 1])
+        if low < high:
+            with _opened(folder / _file_name(rank, world)) as file:
+                parts.append(file.get_slice(key)[low - pieces[rank] : high - pieces[rank]])
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+
+
+def _file_name(rank: int, world: int) -> str:
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def _writes(layout: Layout) -> bool:
+    """Whether this rank has a file of its own: every rank that shares rows, one rank where all hold them all."""
+    return layout.world > 1 or first_rank()

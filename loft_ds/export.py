@@ -1,0 +1,69 @@
+"""Adapters out of a running job, in PEFT's own format, from any ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .checkpoint import attached, first_rank, together
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from .optimizer import LoFTAdamW
+
+
+def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *, merge: bool = False) -> None:
+    """Write the adapter in PEFT's format, from any ZeRO stage, also in the middle of training.
+
+    A collective: every rank calls it; the first writes.
+
+    Args:
+        target: the engine, or without DeepSpeed the optimizer.
+        directory: where ``PeftModel.from_pretrained`` will read it.
+        merge: write the whole model with the adapter merged into ``directory/merged`` as well. The first rank then
+            loads the base model from where the adapter's config says it came from, on the CPU.
+    """
+    optimizer, _, engine = attached(target)
+    model = cast(PeftModel, optimizer.model if engine is None else engine.module)
+    state = trained_state_dict(model)
+    with together():
+        if first_rank():
+            model.save_pretrained(str(directory), state_dict=state)
+            if merge:
+                _merge(Path(directory))
+
+
+def _merge(directory: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers.integrations import deepspeed as integration
+
+    # Under stage 3 transformers would shard the model it loads over all ranks.
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(directory)
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+    model.merge_and_unload().save_pretrained(directory / "merged")
+
+
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters and the buffers, whole, on the CPU, under any ZeRO stage.
+
+    A collective under stage 3: all ranks call it, one parameter at a time is gathered.
+    """
+    state = {name: _whole(param) for name, param in model.named_parameters() if param.requires_grad}
+    return state | {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
+
+
+def _whole(param: nn.Parameter) -> Tensor:
+    if not hasattr(param, "ds_id"):
+        return param.detach().cpu()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([param]):
+        return param.detach().cpu().clone()

@@ -9,6 +9,7 @@ Every flag of TrainingArguments works; ``arguments.py`` names the others.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import datasets
+import deepspeed
 import deepspeed.ops
 import torch
 import transformers
@@ -94,8 +96,14 @@ def train(argv: list[str] | None = None) -> None:
         tokenize(documents, tokenizer), parsed.block_size, parsed.eval_fraction, parsed.max_eval_blocks
     )
 
+    if parsed.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        raise LaunchError("with --deepspeed start it by a launcher: deepspeed --num_accelerators 1 launch/train.py ...")
+
     # From here on the DeepSpeed settings are known to Transformers, which under stage 3 shards what it loads.
     args, training_args = build(parsed)
+    if training_args.deepspeed:
+        # On a CPU the Trainer starts torch.distributed alone, and loading under stage 3 would count one process.
+        deepspeed.init_distributed(verbose=False)
     transformers.set_seed(training_args.seed)  # the same adapters on every rank
     model = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype(args, training_args))
     model.config.use_cache = False

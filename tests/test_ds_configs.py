@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from checks import check_loft_settings, read_deepspeed_json
 
-NAMES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+# Stage 3 goes first: it needs the process group earliest, and would find that of a run before it.
+NAMES = ["zero3", "zero0", "zero1", "zero2", "zero2_offload", "zero3_offload"]
 STEPS = 4
 
 
@@ -54,9 +55,9 @@ def test_training_moves_the_loss(runs, name):
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "zero0"])
 def test_every_stage_leaves_the_adapter_of_stage_0(runs, name):
-    expected = load_file(runs / NAMES[0] / "adapter_model.safetensors")
+    expected = load_file(runs / "zero0" / "adapter_model.safetensors")
     adapter = load_file(runs / name / "adapter_model.safetensors")
     assert adapter.keys() == expected.keys()
     assert all(tensor.numel() > 0 for tensor in adapter.values())

@@ -313,6 +313,14 @@ def test_an_unknown_model_is_named(tmp_path, text, no_weights):
         train.train(["--model_name_or_path", str(tmp_path / "no-model"), "--train_file", str(text)])
 
 
+def test_deepspeed_without_a_launcher_names_one(model, text, monkeypatch, no_weights):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)  # MPI would be another launcher
+    flags = ["--deepspeed", str(CONFIGS / "zero2.json"), "--train_file", str(text)]
+    with pytest.raises(LaunchError, match="deepspeed --num_accelerators 1"):
+        train.train([*flags, "--model_name_or_path", str(model)])
+
+
 def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed", str(tmp_path / "missing.json")])
     monkeypatch.setattr(train, "prepare_process", lambda: None)  # it would change this process's logging and threads

@@ -29,6 +29,7 @@ from loft_ds.kernels import reference, storage, tiled
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+STORED = [(rank, torch.float32) for rank in [*RANKS, 128]] + [(rank, torch.bfloat16) for rank in (5, 33)]
 needs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="neither GPU nor interpreter"
 )
@@ -44,8 +45,7 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rank", [*RANKS, 128])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "stored"), STORED)
 def test_projected_update(rank: int, stored: torch.dtype) -> None:
     from loft_ds.kernels import fused
 
@@ -86,8 +86,7 @@ def test_nan_is_not_hidden() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "stored"), [case for case in STORED if case[0] <= 64])
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_accumulate(rank: int, stored: torch.dtype, pending: bool, rotated: bool) -> None:
@@ -122,3 +121,42 @@ def test_stochastic_rounding_is_that_of_plain_torch() -> None:
     tiled.accumulate_second_moment_(plain, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
     assert torch.equal(stored, plain)
     assert torch.equal(plain, storage.round_stochastically(BETA2 * packed.bfloat16().float(), 7).to(DEVICE))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("rank", "stored"), [(1, "*fp32"), (17, "*bf16"), (64, "*fp32"), (128, "*fp32")])
+def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
+    """To machine code, with no GPU at hand; a Hopper must come out with its tensor cores and its shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from loft_ds.kernels import fused
+
+    pointers = {name: "*fp32" for name in ("momentum", "basis_t", "out", "gradient", "pending", "rotation")}
+    integers = {name: "i32" for name in ("k", "width", "columns_a_split", "seed")}
+    types = {"packed": stored, "triangle": "*i32", **pointers, **integers}
+    constants = {
+        "packed_is_float": stored == "*fp32",
+        "RANK": rank,
+        "PADDED": fused._padded(rank),
+        "PART": min(32, fused._padded(rank)),
+        "ROWS": 64,
+        "COLUMNS": 64 if rank <= 64 else 32,
+        "BLOCK": 32,
+        "PRECISION": "tf32x3",
+        "HAS_PENDING": True,
+        "HAS_ROTATION": True,
+    }
+    kernels = [fused._projected_update_kernel.fn]
+    if rank <= fused.LARGEST_ACCUMULATED_RANK:
+        kernels.append(fused._accumulate_kernel)
+    for kernel in kernels:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
+        source = ASTSource(kernel, signature, {name: constants[name] for name in names if name in constants})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert compiled.asm["cubin"]
+        assert "mma" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= 99 * 1024  # what every GPU since 2020 has

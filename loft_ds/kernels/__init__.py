@@ -56,7 +56,6 @@ def accumulate_second_moment_(
     seed: int = 0,
 ) -> None:
     """One pass over the second moments, in place, by the fastest kernel: :func:`tiled.accumulate_second_moment_`."""
-    implementation = _implementation(gradient, packed)
-    if implementation is not tiled and rotation is not None and gradient.shape[1] > implementation.LARGEST_ROTATED_RANK:
-        implementation = tiled
-    implementation.accumulate_second_moment_(packed, gradient, beta2, pending=pending, rotation=rotation, seed=seed)
+    _implementation(gradient, packed).accumulate_second_moment_(
+        packed, gradient, beta2, pending=pending, rotation=rotation, seed=seed
+    )

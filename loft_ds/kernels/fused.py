@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiled
 from .storage import HASH_MULTIPLIERS, seed_word
 
-# A row's (r, r) matrices, padded to powers of two, must fit on chip to be rotated there.
-LARGEST_ROTATED_RANK = 64
+# A program rotates one row's (r, r) matrix in registers; plain torch takes over where it does not fit.
+LARGEST_ACCUMULATED_RANK = 64
 
 _MULTIPLIER_1, _MULTIPLIER_2 = (tl.constexpr(m) for m in HASH_MULTIPLIERS)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -60,6 +61,7 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``out[split, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
@@ -73,8 +75,6 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     in_rank = features < RANK
     block = tl.arange(0, BLOCK)
 
-    m = tl.load(momentum + wide_rows * RANK + features[None, :], mask=in_rows & in_rank[None, :], other=0.0)
-    m = m * inverse_correction1
     total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
     stop = tl.minimum((split + 1) * columns_a_split, width)
     for start in range(split * columns_a_split, stop, COLUMNS):
@@ -92,18 +92,23 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
             products = q_s * q_t * tl.where(s == t, 1.0, 2.0)[:, None]
             p = tl.load(packed + wide_rows * LENGTH + entries[None, :], mask=in_rows & in_length[None, :], other=0.0)
             second = tl.dot(p.to(tl.float32), products, acc=second, input_precision=PRECISION)
-        q = tl.load(
-            basis_t + features[:, None] * width + columns[None, :],
-            mask=in_rank[:, None] & in_columns[None, :],
-            other=0.0,
-        )
-        first = tl.dot(m, q, input_precision=PRECISION)
+        # M's rows would fit in registers, but not beside the sums: they are read again, as P's are.
+        first = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for offset in range(0, PADDED, PART):
+            part = offset + tl.arange(0, PART)
+            in_part = part < RANK
+            m = tl.load(momentum + wide_rows * RANK + part[None, :], mask=in_rows & in_part[None, :], other=0.0)
+            loaded = in_part[:, None] & in_columns[None, :]
+            q = tl.load(basis_t + part[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            first = tl.dot(m * inverse_correction1, q, acc=first, input_precision=PRECISION)
         # See tiled._update_tiles for the form of the quotient. Padded columns have first = 0, so the quotient is 0.
         inverse_root = tl.rsqrt(tl.maximum(second * inverse_correction2, _TINY, propagate_nan=tl.PropagateNan.ALL))
         quotient = tl.maximum(first * inverse_root, -limit, propagate_nan=tl.PropagateNan.ALL)
         quotient = tl.minimum(quotient, limit, propagate_nan=tl.PropagateNan.ALL)
         quotient = quotient / (1.0 + eps * inverse_root)
-        total = tl.dot(quotient, tl.trans(q), acc=total, input_precision=PRECISION)
+        loaded = in_columns[:, None] & in_rank[None, :]
+        q = tl.load(basis_t + features[None, :] * width + columns[:, None], mask=loaded, other=0.0)
+        total = tl.dot(quotient, q, acc=total, input_precision=PRECISION)
     target = out + (split.to(tl.int64) * k + wide_rows) * RANK + features[None, :]
     tl.store(target, total, mask=in_rows & in_rank[None, :])
 
@@ -211,7 +216,7 @@ def projected_update(
     (k, rank), width = momentum.shape, basis.shape[0]
     if not k or not width:
         return momentum.new_zeros(k, rank)
-    columns = 64
+    columns = 64 if rank <= 64 else 32  # as wide as the sums fit in registers on sm_90
     # Few rows leave processors idle: then several programs share a tile of rows, each with a part of the columns.
     # Partial sums are added in a fixed order, so that a run can be repeated bit by bit.
     wanted = triton.cdiv(2 * _processors(momentum.device), triton.cdiv(k, 64))
@@ -236,6 +241,7 @@ def projected_update(
         PADDED=_padded(rank),
         COLUMNS=columns,
         BLOCK=32,
+        PART=min(32, _padded(rank)),
         PRECISION=_precision(momentum.device),
     )
     return out[0] if splits == 1 else out.sum(0)
@@ -253,6 +259,9 @@ def accumulate_second_moment_(
     """One pass over the second moments, in place. See :func:`tiled.accumulate_second_moment_`."""
     k, rank = gradient.shape
     if not k:
+        return
+    if rank > LARGEST_ACCUMULATED_RANK:
+        tiled.accumulate_second_moment_(packed, gradient, beta2, pending=pending, rotation=rotation, seed=seed)
         return
     gradient = gradient.contiguous()
     if pending is not None:

@@ -165,8 +165,10 @@ def accumulate_second_moment_(
     (k, rank), dtype = gradient.shape, gradient.dtype
     packed_of, square_of = _square(rank, gradient.device)
     decay = beta2 if pending is None else beta2**2
-    # Three buffers, small enough to stay near the cache.
-    row_tiles = _slices(k, min(TILE_ROWS, max(1, WORKSPACE_BYTES // 8 // (3 * rank**2 * gradient.element_size()))))
+    # Three buffers: near the cache of a CPU, and with few launches elsewhere.
+    share = 16 if gradient.device.type == "cpu" else 2
+    most_rows = WORKSPACE_BYTES // share // (3 * rank**2 * gradient.element_size())
+    row_tiles = _slices(k, min(TILE_ROWS, max(1, most_rows)))
     buffers = gradient.new_empty(3, max(map(_length, row_tiles), default=0), rank, rank)
     for rows in row_tiles:
         square, half, result = buffers[:, : _length(rows)]

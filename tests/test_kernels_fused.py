@@ -134,8 +134,8 @@ def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
 
     from loft_ds.kernels import fused
 
-    pointers = {name: "*fp32" for name in ("momentum", "basis_t", "out", "gradient", "pending", "rotation")}
-    integers = {name: "i32" for name in ("k", "width", "columns_a_split", "seed")}
+    pointers = dict.fromkeys(("momentum", "basis_t", "out", "gradient", "pending", "rotation"), "*fp32")
+    integers = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
     types = {"packed": stored, "triangle": "*i32", **pointers, **integers}
     constants = {
         "packed_is_float": stored == "*fp32",

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checkpoint import attached, first_rank, together
+from .checkpoint import attached
+from .durable import first_rank, together
+from .factors import adapters_of, parameters_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -29,7 +33,7 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
     """
     optimizer, _, engine = attached(target)
     model = cast(PeftModel, optimizer.model if engine is None else engine.module)
-    state = trained_state_dict(model)
+    state = adapter_state_dict(model)
     with together():
         if first_rank():
             model.save_pretrained(str(directory), state_dict=state)
@@ -51,19 +55,28 @@ def _merge(directory: Path) -> None:
     model.merge_and_unload().save_pretrained(directory / "merged")
 
 
-def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters and the buffers, whole, on the CPU, under any ZeRO stage.
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All that PEFT may save of a model, whole, on the CPU, under any ZeRO stage.
+
+    That is what is trained, every adapter whether it is trained or not, and the buffers.
 
     A collective under stage 3: all ranks call it, one parameter at a time is gathered.
     """
-    state = {name: _whole(param) for name, param in model.named_parameters() if param.requires_grad}
+    kept = {id(p) for p in model.parameters() if p.requires_grad}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            kept |= {id(p) for adapter in adapters_of(module) for p in parameters_of(module, adapter)}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            frozen = {id(p) for p in module.original_module.parameters()}
+            kept |= {id(p) for p in module.parameters()} - frozen
+    state = {name: _whole(param) for name, param in model.named_parameters() if id(param) in kept}
     return state | {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
 
 
 def _whole(param: nn.Parameter) -> Tensor:
     if not hasattr(param, "ds_id"):
         return param.detach().cpu()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([param]):
         return param.detach().cpu().clone()

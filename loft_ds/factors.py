@@ -48,7 +48,7 @@ class Factor:
 
     @property
     def scaling(self) -> float:
-        """PEFT's ``s`` of ``W = W0 + s * B @ A``, read now: ``set_scale`` may change it."""
+        """PEFT's ``s`` of ``W = W0 + s * B @ A``."""
         return float(self.layer.scaling[self.adapter])
 
     def rows_of(self, matrix: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Trainable:
 
 def _pair_of(layer: LoraLayer, adapter: str, names: dict[nn.Parameter, str]) -> tuple[Factor, Factor] | str | None:
     """The layer's pair for one adapter; a reason why LoFT cannot treat it; None where it is frozen."""
-    if not any(p in names for p in _own(layer, adapter)):
+    if not any(p in names for p in parameters_of(layer, adapter)):
         return None
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__.removesuffix("Variant")
@@ -99,13 +99,16 @@ def _pair_of(layer: LoraLayer, adapter: str, names: dict[nn.Parameter, str]) -> 
             "LoFT moves a pair as one matrix. Train both or neither."
         )
     (rank, n), (m, _) = shape_of(a), shape_of(b)
+    if rank > min(m, n):
+        # T has fewer directions than columns then, and which ones is decided by rounding.
+        return f"rank {rank} in a layer of {n} inputs and {m} outputs"
     factor_a = Factor(names[a], a, "A", n, rank, layer, adapter)
     factor_b = Factor(names[b], b, "B", m, rank, layer, adapter)
     factor_a.partner, factor_b.partner = factor_b, factor_a
     return factor_a, factor_b
 
 
-def _own(layer: BaseTunerLayer, adapter: str) -> list[nn.Parameter]:
+def parameters_of(layer: BaseTunerLayer, adapter: str) -> list[nn.Parameter]:
     """The parameters that a PEFT layer holds for one adapter."""
     own: list[nn.Parameter] = []
     for attribute in layer.adapter_layer_names:
@@ -116,7 +119,7 @@ def _own(layer: BaseTunerLayer, adapter: str) -> list[nn.Parameter]:
     return own
 
 
-def _adapters(layer: BaseTunerLayer) -> Iterator[str]:
+def adapters_of(layer: BaseTunerLayer) -> Iterator[str]:
     """Names of the adapters that a PEFT layer holds anything of, in the order they were added."""
     seen = {}
     for attribute in layer.adapter_layer_names:
@@ -137,12 +140,12 @@ def find_trainable(model: nn.Module) -> Trainable:
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        for adapter in _adapters(layer):
+        for adapter in adapters_of(layer):
             found = _pair_of(layer, adapter, names) if isinstance(layer, LoraLayer) else type(layer).__name__
             if found is None:
                 continue
             if isinstance(found, str):
-                own = _own(layer, adapter)
+                own = parameters_of(layer, adapter)
                 untreated.update({names[p]: found for p in own if p in names})
             else:
                 own = [factor.param for factor in found]

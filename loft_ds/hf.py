@@ -14,7 +14,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from .checkpoint import last_tag, load_checkpoint, save_checkpoint
 from .durable import CheckpointError
-from .export import trained_state_dict
+from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ class LoFTMixin(Base):
         if not self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir or self.args.output_dir, state_dict=trained_state_dict(self.model))
+        state = adapter_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import algebra, kernels
 from .factors import Factor, find_trainable, shape_of
-from .sharding import Layout, Rows, Slice, Whole
+from .sharding import Layout, Rows, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
 
 
@@ -103,8 +104,11 @@ class LoFTAdamW(Optimizer):
         # Under this name engine.get_global_grad_norm() looks for it; written in place, so that whoever asks before a
         # step for the norm to log (the Trainer) reads that step's.
         self._global_grad_norm = torch.full((), math.nan, dtype=torch.float64, device=trained[0].device)
+        self._stepped = False
+        self._arrived: set[int] = set()
+        watch = _Watch(self)
         for p in trained:
-            _replace_hook(p, self._on_gradient)
+            watch.over(p)
         if self.trainable.untreated:
             listed = [f"{name} ({reason})" for name, reason in sorted(self.trainable.untreated.items())]
             rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
@@ -126,6 +130,25 @@ class LoFTAdamW(Optimizer):
             "second_moment",
         )
         return {switch: getattr(self, switch) for switch in switches}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and the variant of the method that the state belongs to."""
+        return {**super().state_dict(), "variant": self.variant}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, for what :meth:`state_dict` gave on the same world size and stage.
+
+        Raises:
+            ValueError: a state of other parameters, of another optimizer or of another variant of the method.
+        """
+        known = {f.name for f in self.trainable.factors} | self.trainable.others.keys()
+        strange = [key for key, value in state_dict["state"].items() if value and key not in known]
+        if strange or state_dict.get("variant") != self.variant:
+            raise ValueError(
+                f"this is no state of this optimizer: it is of {strange[:1] or state_dict.get('variant')}, not of "
+                f"{self.variant}"
+            )
+        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer is built: factors are paired at construction."""
@@ -157,9 +180,17 @@ class LoFTAdamW(Optimizer):
                 self._layout = Whole(self.trainable.factors, self.trainable.others)
         return self._layout
 
-    def _on_gradient(self, _: Tensor) -> None:
-        """Take DeepSpeed's clipping over when a gradient arrives: before the first step would clip."""
-        self.attach()
+    def _on_gradient(self, param: Tensor) -> None:
+        """Take DeepSpeed's clipping over when a gradient arrives: before the first step would clip.
+
+        Until the first step every backward pass looks anew: one may come before ``deepspeed.initialize``.
+        """
+        if not self._stepped and (not self._arrived or id(param) in self._arrived):
+            self._arrived.clear()
+            self._layout = None
+            self.attach()
+        if not self._stepped:
+            self._arrived.add(id(param))
         if self._clipping is not None and self._clipping.pending:
             norm = self._clipping.take()
             if self.max_grad_norm not in (None, norm):
@@ -218,6 +249,7 @@ class LoFTAdamW(Optimizer):
                 "no LoRA pair has a gradient, so LoFT has nothing to do in this step. Call backward() first; if a loss "
                 "was computed, check that the adapters are active and take part in it."
             )
+        self._stepped = True
         for factor, rows in share.rows.items():
             self._state_of(factor, rows)["step"] += 1
         moving = [
@@ -254,7 +286,7 @@ class LoFTAdamW(Optimizer):
             state["start"] = rows.start
             state["momentum"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
             state["second_moment"] = values.new_zeros(len(values), width)
-        if state["start"] != rows.start or len(state["momentum"]) != len(values):
+        if state["start"] != rows.start or state["momentum"].shape != values.shape:
             raise RuntimeError(
                 f"the loaded state of {factor.name} is of {len(state['momentum'])} rows from row {state['start']} on, "
                 f"this rank owns {len(values)} from row {rows.start} on: it was saved on another world size or ZeRO "
@@ -283,9 +315,13 @@ class LoFTAdamW(Optimizer):
             by_rank[factor.rank].append((factor, factor.scaling**2 * product))
         old = {f: self.state[f.name]["basis"] for f in turned}
         for batch in by_rank.values():
-            for (factor, _), basis in zip(
-                batch, algebra.orthonormal_basis(torch.stack([g for _, g in batch])), strict=True
-            ):
+            grams = torch.stack([g for _, g in batch])
+            try:
+                bases = algebra.orthonormal_basis(grams)
+            except torch.linalg.LinAlgError as error:
+                broken = [f.partner.name for f, g in batch if not bool(g.isfinite().all())]
+                raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
+            for (factor, _), basis in zip(batch, bases, strict=True):
                 self.state[factor.name]["basis"] = basis.clone()
 
         rotations = {}
@@ -316,6 +352,8 @@ class LoFTAdamW(Optimizer):
         clipped = [gradients[f] for f in moving] if self.projected_clipping else [r.grad for r in rows.values()]
         squares = [t.double().square().sum() for t in clipped + [part.grad for part in others]]
         norm = layout.all_reduce(torch.stack(squares).sum()).sqrt()
+        if self._global_grad_norm.device != norm.device:  # the model was moved after construction
+            self._global_grad_norm = self._global_grad_norm.to(norm.device)
         self._global_grad_norm.copy_(norm)
         if self._clipping is not None:
             self._clipping.report(self._global_grad_norm)
@@ -376,7 +414,7 @@ class LoFTAdamW(Optimizer):
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]
-        dtype = torch.float64 if part.data.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(part.data)
         values = part.data.to(dtype)
         if not state:
             state["step"] = 0
@@ -428,11 +466,32 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"betas must lie in [0, 1): {group['betas']}")
 
 
-def _replace_hook(param: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-    """One LoFTAdamW watches a parameter: the one built last. An optimizer that was dropped is still watching, which is
-    how a Trainer that swaps it for another is found out.
+class _Watch:
+    """What hangs on the parameters: tells the optimizer of gradients, and finds out who trains when it is gone.
+
+    It does not keep the optimizer alive. An optimizer that a Trainer dropped for another is dead by the first
+    gradient, and that it should not be is what the watch is for.
     """
-    earlier = getattr(param, "_loft_hook", None)
-    if earlier is not None:
-        earlier.remove()
-    param._loft_hook = param.register_post_accumulate_grad_hook(hook)  # type: ignore[attr-defined]
+
+    def __init__(self, optimizer: LoFTAdamW) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._trainable = optimizer.trainable
+        self._handles: list[Any] = []
+
+    def over(self, param: nn.Parameter) -> None:
+        """Watch a parameter, in place of the LoFTAdamW built before."""
+        earlier = getattr(param, "_loft_hook", None)
+        if earlier is not None:
+            earlier.remove()
+        handle = param.register_post_accumulate_grad_hook(self._on_gradient)
+        param._loft_hook = handle  # type: ignore[attr-defined]
+        self._handles.append(handle)
+
+    def _on_gradient(self, param: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer._on_gradient(param)
+            return
+        for handle in self._handles:
+            handle.remove()
+        find_engine(None, self._trainable)

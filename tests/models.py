@@ -33,7 +33,7 @@ def conditioned(n: int, condition: float) -> Tensor:
     return left @ torch.diag(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n).double()) @ right
 
 
-def odd_model(dtype: torch.dtype = torch.float32, rank: int = 3) -> PeftModel:
+def odd_model(dtype: torch.dtype = torch.float32, rank: int = 3, zero_b: bool = False) -> PeftModel:
     """Four adapted layers, biases and a saved module; sizes such that at rank 3 every ZeRO stage cuts a feature row in
     two on 2, 3 and 4 ranks (the tests assert that it does)."""
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def odd_model(dtype: torch.dtype = torch.float32, rank: int = 3) -> PeftModel:
     )
     model = get_peft_model(base, config)
     for name, param in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and not zero_b:
             nn.init.normal_(param, std=0.3)
     return model.to(dtype)
 

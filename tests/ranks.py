@@ -14,7 +14,7 @@ from typing import Any
 
 # Importing torch and deepspeed takes 10 s; the fork server does it once for all pools.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "peft"])
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "peft", "loft_ds"])
 
 
 class Ranks:
@@ -81,6 +81,7 @@ def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.C
     logger.setLevel("ERROR")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate wants to see them; the group exists
     deepspeed.init_distributed(
         "gloo",
         auto_mpi_discovery=False,

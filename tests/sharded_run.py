@@ -27,9 +27,11 @@ class Outcome:
     elements: dict[str, int] = field(default_factory=dict)  # of the state, by kind
 
 
-def train_plain(steps: int, *, rank: int = 3, grouped: bool = False, accumulation: int = 1, **kwargs: Any) -> Outcome:
+def train_plain(
+    steps: int, *, rank: int = 3, grouped: bool = False, accumulation: int = 1, zero_b: bool = False, **kwargs: Any
+) -> Outcome:
     """One process, no DeepSpeed: what every sharded run must equal."""
-    model = odd_model(rank=rank)
+    model = odd_model(rank=rank, zero_b=zero_b)
     optimizer = LoFTAdamW(model, lr=1e-3, params=two_groups(model) if grouped else None, **kwargs)
     norms, losses = [], []
     for step in range(steps):
@@ -59,6 +61,7 @@ def train_sharded(
     zero: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     blow_up_at: int | None = None,
+    zero_b: bool = False,
     **kwargs: Any,
 ) -> Outcome:
     """The same training on ``world`` ranks. In step ``blow_up_at`` rank 0's gradients overflow."""
@@ -66,8 +69,9 @@ def train_sharded(
     from deepspeed.accelerator import get_accelerator
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed's CPU accelerator says no, torch's CPU kernels can
-    model = odd_model(rank=lora_rank)
+    if precision == "fp16":
+        get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed's CPU accelerator says no, torch's kernels can
+    model = odd_model(rank=lora_rank, zero_b=zero_b)
     optimizer = LoFTAdamW(model, lr=1e-3, params=two_groups(model) if grouped else None, **kwargs)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 12 // world,

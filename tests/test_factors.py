@@ -80,6 +80,11 @@ def test_several_adapters():
     [
         (["linear", "embedding"], {}, "embedding.lora_embedding_A.default (lora.Embedding)"),
         (["linear", "convolution"], {}, "convolution.lora_A.default.weight (lora.Conv1d)"),
+        (
+            ["linear", "head"],
+            {"rank_pattern": {"head": 4}},
+            "head.lora_A.default.weight (rank 4 in a layer of 5 inputs",
+        ),
         (["linear"], {"target_parameters": ["head.weight"]}, "head.lora_A.default.weight (target_parameters)"),
     ],
 )

@@ -107,6 +107,67 @@ def test_works_or_raises(ranks, name):
     assert re.search(expected, said, flags=re.DOTALL), said
 
 
+def rebuilt(rank, world, stage, early):
+    """Norms and clipping of a second engine on a model that an earlier one has trained, which is still referenced.
+
+    With ``early`` there is a backward pass before ``deepspeed.initialize`` instead of an earlier engine.
+    """
+    import deepspeed
+
+    model = odd_model()
+    config = {
+        "train_micro_batch_size_per_gpu": 12,
+        "gradient_clipping": 0.2,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+
+    def build():
+        return deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-3), config=config)[0]
+
+    def step(engine):
+        x, y = batch(0)
+        engine.backward((engine(x) - y).square().mean())
+        engine.step()
+        return float(engine.get_global_grad_norm())
+
+    if early:
+        optimizer = LoFTAdamW(model, lr=1e-3)
+        x, y = batch(1)
+        (model(x) - y).square().mean().backward()
+        optimizer.zero_grad()
+        second = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        norms = [step(second)]
+    else:
+        first = build()
+        norms = [step(first)]
+        first.destroy()
+        second = build()
+        norms.append(step(second))
+    clips = second.basic_optimizer.max_grad_norm, second._config.gradient_clipping
+    second.destroy()
+    return norms, clips
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_second_engine_and_an_early_backward(ranks, stage, early):
+    """LoFT finds the engine that is its own, and takes the clipping over in each case."""
+    ((norms, clips),) = ranks(1)(rebuilt, stage, early)
+    assert clips == (0.2, 0.0)
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=0.2)
+    expected = []
+    for _ in norms:
+        x, y = batch(0)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(optimizer.grad_norm)
+        optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=0.2)
+    assert norms == pytest.approx(expected, rel=1e-6)  # one rank: the same float32 sums
+
+
 def engine(**wrapper):
     """As much of an engine as the readers look at before they decide."""
     return SimpleNamespace(

@@ -99,11 +99,15 @@ def test_state_dtype(dtype):
 
 
 def test_narrow_parameters_follow_wide_ones():
-    wide = train(odd := odd_model(), LoFTAdamW(odd, lr=1e-3), 10)
-    narrow = train(half := odd_model(torch.bfloat16), LoFTAdamW(half, lr=1e-3), 10)
-    for name in wide:
-        # One bfloat16 ulp (2^-8) of the value a step that rounds, half of the ten steps move a factor.
-        assert (narrow[name].float() - wide[name]).abs().max() < 10 * 2**-8 * wide[name].abs().max(), name
+    """What ten steps change is the same within the rounding of ten stored bfloat16 values."""
+    start = {name: p.detach().clone() for name, p in trained(odd_model()).items()}
+    wide = train(odd := odd_model(), LoFTAdamW(odd, lr=3e-2), 10)
+    narrow = train(half := odd_model(torch.bfloat16), LoFTAdamW(half, lr=3e-2), 10)
+    change = torch.cat([(wide[name] - start[name]).reshape(-1) for name in wide])
+    same = torch.cat([(narrow[name].float() - start[name]).reshape(-1) for name in wide])
+    # Values of about 0.5 are stored to 2^-9 of themselves, 1e-3 against the 0.1 that ten steps of 3e-2 change, and
+    # gradients of that precision turn the path some more.
+    assert relative(same, change) < 0.2
 
 
 @pytest.mark.parametrize("first", [3, 4])
@@ -236,3 +240,59 @@ def test_quiet_where_all_is_treated():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LoFTAdamW(odd_model())
+
+
+def test_a_frozen_half_is_refused_later_too():
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    train(model, optimizer, 2)
+    model.base_model.model[0].lora_A["default"].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"lora_A\S+ and \S+lora_B\S+ only one has a gradient"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "variant", "names"])
+def test_foreign_state_is_refused(kind):
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    train(model, optimizer, 1)
+    if kind == "adamw":
+        other = torch.optim.AdamW(trained(model).values())
+        train(model, other, 1)
+        saved = other.state_dict()
+    elif kind == "variant":
+        saved = LoFTAdamW(odd_model(), second_moment="elementwise").state_dict()
+    else:
+        saved = optimizer.state_dict()
+        saved["state"] = {"renamed." + name: state for name, state in saved["state"].items()}
+    with pytest.raises(ValueError, match="this is no state of this optimizer"):
+        LoFTAdamW(odd_model()).load_state_dict(saved)
+
+
+def test_a_step_frees_what_zero_grad_frees():
+    """The optimizer holds no gradient between steps, and the parameters do not hold the optimizer."""
+    import gc
+    import weakref
+
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    grads = [weakref.ref(p.grad) for p in trained(model).values()]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(ref() is not None for ref in grads)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    (model(x) - y).square().mean().backward()  # and without it the model trains on
+
+
+def test_divergence_is_named():
+    model, A, B, _ = one_layer(7, 5, 3)
+    optimizer = LoFTAdamW(model)
+    A.grad, B.grad = torch.zeros_like(A), torch.full_like(B, float("nan"))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"lora_B\S+ became infinite or NaN: the run has diverged"):
+        optimizer.step()

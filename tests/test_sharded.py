@@ -81,6 +81,22 @@ def test_state_is_split(ranks, stage):
         assert max(held) < sum(held) * (0.25 * 4 / 3) + 8 * 6
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_from_pefts_zero(ranks, stage):
+    """B = 0 at the start, where A's gradient is zero and its direction is the first step's doing.
+
+    Factors amplify rounding there (B is as short as the steps taken), W does not: it is what is compared.
+    """
+    (outcome, *_) = ranks(2)(train_sharded, stage, 20, zero_b=True, betas=BETAS)
+    single, start = plain(20, zero_b=True), trained(odd_model(zero_b=True))
+    for name in single.params:
+        if "lora_A" in name:
+            b = name.replace("lora_A", "lora_B")
+            ours, theirs = (o.params[b] @ o.params[name] for o in (outcome, single))
+            assert relative(ours, theirs) < 1e-4, name  # of the change of W alone, which is small itself
+            assert not torch.equal(single.params[name], start[name])
+
+
 CASES = {
     "round_robin_1": (2, 1, {"zero": {"round_robin_gradients": True}}),
     "round_robin_2": (3, 2, {"zero": {"round_robin_gradients": True}}),

@@ -1,5 +1,7 @@
 """LoFT in the Trainer: the same training as a loop by hand, LoFT's norm clipped and logged, and no swapping out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import batch, odd_model, relative, trained
@@ -29,20 +31,20 @@ def examples(ranks_of_data=1):
 
 
 def arguments(folder, **kwargs):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=12,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        max_grad_norm=CLIP,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        **{"disable_tqdm": True, **kwargs},
-    )
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 12,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "max_grad_norm": CLIP,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
 
 
 def by_hand():
@@ -153,3 +155,59 @@ def test_a_trainer_that_drops_loft_is_found_out(ranks, tmp_path):
     (said,) = ranks(1)(under_deepspeed, "dropped", 2, tmp_path)
     assert "LoFTAdamW was swapped out" in said
     assert "optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed" in said
+
+
+def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False):
+    """A Trainer that saves every second step; with ``resume`` it goes on from the last whole checkpoint."""
+    import os
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    kwargs = {"deepspeed": config, "save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+    if best:
+        kwargs |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    # The schedule must not depend on where the first run stops.
+    args = arguments(folder, **{**kwargs, "per_device_train_batch_size": 12 // world})
+    data = examples()
+    trainer = InOrder(model=Regression(), args=args, train_dataset=data, eval_dataset=data[:12])
+    result = trainer.train(resume_from_checkpoint=resume)
+    params = {}
+    import deepspeed
+
+    for name, p in trained(trainer.model).items():
+        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+            params[name] = p.detach().clone()
+    return params, logged_norms(trainer), trainer.state.best_model_checkpoint, result.global_step
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ordinary_resume_is_bitwise(ranks, stage, tmp_path):
+    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None)[0]
+    ranks(1)(interrupted, stage, tmp_path / "cut", None, steps=4)
+    (tmp_path / "cut" / "checkpoint-6").mkdir()  # as a crash in the middle of a save would leave it
+    resumed, rest, _, _ = ranks(1)(interrupted, stage, tmp_path / "cut", True)[0]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert rest == norms  # the log before the interruption comes back with the Trainer's state
+
+
+def test_ordinary_resume_on_other_ranks_and_stage(ranks, tmp_path):
+    whole, _, _, _ = ranks(1)(interrupted, 2, tmp_path / "whole", None)[0]
+    ranks(2)(interrupted, 3, tmp_path / "cut", None, steps=4)
+    resumed, _, _, _ = ranks(1)(interrupted, 2, tmp_path / "cut", True)[0]
+    for name in whole:
+        assert relative(resumed[name], whole[name]) < 1e-5, name  # sums over two ranks, in another order
+
+
+def test_best_model_at_end(ranks, tmp_path):
+    """What is loaded at the end is the best checkpoint's weights, in master weights and model alike."""
+    params, _, best, _ = ranks(1)(interrupted, 2, tmp_path, None, best=True)[0]
+    from safetensors.torch import load_file
+
+    saved = load_file(next((Path(best) / f"global_step{STEPS}").glob("rank-*")))
+    for name, p in params.items():
+        assert torch.equal(saved[f"{name}|values"].view(p.shape), p), name

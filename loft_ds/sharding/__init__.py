@@ -1,5 +1,5 @@
 """Who owns which feature rows under each ZeRO stage, and the exchange between them."""
 
-from .layout import Layout, Rows, Share, Slice, Whole
+from .layout import Layout, Rows, Share, Slice, Whole, compute_dtype
 
-__all__ = ["Layout", "Rows", "Share", "Slice", "Whole"]
+__all__ = ["Layout", "Rows", "Share", "Slice", "Whole", "compute_dtype"]

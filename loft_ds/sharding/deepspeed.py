@@ -31,33 +31,38 @@ def _engines() -> list[DeepSpeedEngine]:
     from deepspeed import DeepSpeedEngine
 
     # By type(), not isinstance: proxies among the tracked objects answer __class__ with an exception.
-    return [o for o in gc.get_objects() if issubclass(type(o), DeepSpeedEngine) and o.optimizer is not None]
+    engines = [o for o in gc.get_objects() if issubclass(type(o), DeepSpeedEngine)]
+    return [e for e in engines if getattr(e, "basic_optimizer", None) is not None]  # others only evaluate
 
 
-def find_engine(optimizer: Optimizer, trainable: Trainable) -> DeepSpeedEngine | None:
+def find_engine(optimizer: Optimizer | None, trainable: Trainable) -> DeepSpeedEngine | None:
     """The engine that steps ``optimizer``; None without DeepSpeed.
 
     Raises:
-        RuntimeError: an engine trains these parameters with another optimizer.
+        RuntimeError: an engine trains these parameters with an optimizer that is not LoFT. (One with another LoFTAdamW
+            is an earlier run's, still referenced: that optimizer no longer gets any gradient.)
     """
-    ours = {id(f.param) for f in trainable.factors}
-    for engine in _engines():
+    engines = _engines()
+    for engine in engines:
         if engine.basic_optimizer is optimizer:
             return engine
-        if any(id(p) in ours for p in engine.module.parameters()):
-            used = type(engine.basic_optimizer).__name__
-            if used == "DeepSpeedCPUAdam":
-                remedy = (
-                    'With offload_optimizer set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON: without '
-                    "it Accelerate puts DeepSpeedCPUAdam in LoFT's place."
-                )
-            else:
-                remedy = (
-                    "Trainer(optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed: use loft_ds.LoFTTrainer or "
-                    'optimizer_cls_and_kwargs=(loft_ds.LoFT, {...}), leave "optimizer" out of the DeepSpeed JSON, or '
-                    "pass the optimizer to deepspeed.initialize."
-                )
-            raise RuntimeError(f"LoFTAdamW was swapped out: DeepSpeed trains these parameters with {used}. {remedy}")
+    ours = {id(f.param) for f in trainable.factors}
+    for engine in engines:
+        used = type(engine.basic_optimizer).__name__
+        if used == "LoFTAdamW" or not any(id(p) in ours for p in engine.module.parameters()):
+            continue
+        if used == "DeepSpeedCPUAdam":
+            remedy = (
+                'With offload_optimizer set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON: without it '
+                "Accelerate puts DeepSpeedCPUAdam in LoFT's place."
+            )
+        else:
+            remedy = (
+                "Trainer(optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed: use loft_ds.LoFTTrainer or "
+                'optimizer_cls_and_kwargs=(loft_ds.LoFT, {...}), leave "optimizer" out of the DeepSpeed JSON, or pass '
+                "the optimizer to deepspeed.initialize."
+            )
+        raise RuntimeError(f"LoFTAdamW was swapped out: DeepSpeed trains these parameters with {used}. {remedy}")
     return None
 
 

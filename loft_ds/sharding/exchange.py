@@ -68,10 +68,6 @@ class Exchange:
     recv_index: Tensor
     recv_counts: list[int]
 
-    def reversed(self) -> Exchange:
-        """The way back; only where both indices are permutations."""
-        return Exchange(_inverse(self.recv_index), self.recv_counts, _inverse(self.send_index), self.send_counts)
-
     def __call__(self, local: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """Exchange ``local`` (elements, width) and give the result (elements', width) on its device.
 
@@ -80,16 +76,26 @@ class Exchange:
             group: the ranks that share them.
             device: where the group's backend wants its buffers (offloaded state lies on the CPU, NCCL does not).
         """
-        width = local.shape[1]
         sent = local.index_select(0, self.send_index.to(local.device)).to(device)
-        received = sent.new_empty(sum(self.recv_counts), width)
+        received = sent.new_empty(sum(self.recv_counts), local.shape[1])
         dist.all_to_all_single(received, sent, self.recv_counts, self.send_counts, group=group)
         return received.to(local.device).index_select(0, self.recv_index.to(local.device))
+
+    def back(self, result: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+        """Carry what became of a result to where its elements came from; only where both indices are permutations."""
+        sent = torch.empty_like(result)
+        sent[self.recv_index.long().to(result.device)] = result
+        sent = sent.to(device)
+        received = sent.new_empty(sum(self.send_counts), result.shape[1])
+        dist.all_to_all_single(received, sent, self.send_counts, self.recv_counts, group=group)
+        local = torch.empty_like(received, device=result.device)
+        local[self.send_index.long().to(result.device)] = received.to(result.device)
+        return local
 
 
 def _inverse(permutation: Tensor) -> Tensor:
     inverse = torch.empty_like(permutation)
-    inverse[permutation.long()] = torch.arange(len(permutation), dtype=permutation.dtype)
+    inverse[permutation] = torch.arange(len(permutation))
     return inverse
 
 
@@ -148,13 +154,14 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 def plan_gather(moving: Sequence[Partition], partners: Sequence[Partition], rank: int) -> Exchange | None:
     """From owned rows of the partners to whole partners, for the ranks that own rows of the moving factors.
 
-    The local buffer is the concatenation of the owned rows of ``partners`` (elements, row-major); the result that of
-    the whole partners (l, r) that this rank needs and does not hold whole. None where no rank lacks anything.
+    The elements are rows here: the local buffer is the concatenation of the owned rows of ``partners``, all of one
+    rank r; the result that of the whole partners (l, r) that this rank needs and does not hold whole. None where no
+    rank lacks anything.
     """
     needed = torch.stack([m.rows > 0 for m in moving]) & ~torch.stack([p.holds_whole for p in partners])  # (F, N)
     if not bool(needed.any()):
         return None
-    lengths = torch.stack([p.rows * p.factor.rank for p in partners])  # (F, N) elements that each rank owns
+    lengths = torch.stack([p.rows for p in partners])  # (F, N)
     own = lengths[:, rank]
     own_starts = own.cumsum(0) - own
     destination, index = needed.T.nonzero(as_tuple=True)

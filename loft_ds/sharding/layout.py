@@ -155,9 +155,16 @@ class Whole(Layout):
         for factor in self._factors:
             master, partner = self._master(factor.param), self._master(factor.partner.param)
             if master.grad is None and partner.grad is None:
-                continue  # as torch's own optimizers: a layer that took no part in the loss rests
+                # As in torch's own optimizers a layer that took no part in the loss rests. (DeepSpeed fills its
+                # gradient with zeros, so there its moments decay and it moves on, as under DeepSpeed's Adam.)
+                continue
+            if master.grad is None or partner.grad is None:
+                raise RuntimeError(
+                    f"of {factor.name} and {factor.partner.name} only one has a gradient: LoFT moves a pair as one "
+                    "matrix. Freeze both or neither, and build the optimizer anew."
+                )
             dtype = compute_dtype(master)
-            grad = torch.zeros_like(master, dtype=dtype) if master.grad is None else master.grad.to(dtype)
+            grad = master.grad.to(dtype)
             values = factor.rows_of(master.detach()).to(dtype)
             self._rows[factor] = Rows(values, factor.rows_of(grad), 0, self._groups[id(master)])
         others = []
@@ -179,3 +186,4 @@ class Whole(Layout):
             rows, target = self._rows[factor].values, factor.rows_of(self._master(factor.param).detach())
             if rows.data_ptr() != target.data_ptr():
                 target.copy_(rows)
+        self._rows = {}  # it holds gradients, which zero_grad is to free

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..factors import Factor
-from .exchange import Exchange, Partition, plan_gather, plan_rows
+from .exchange import Partition, plan_gather, plan_rows
 from .layout import Group, Layout, Rows, Share, Slice
 
 # Partner rows are gathered in buckets of at most this size, so that no rank ever holds all adapters in float32.
@@ -85,8 +85,6 @@ class Sharded(Layout):
             side: plan_rows([self._partitions[f] for f in split], self.rank) if split else None
             for side, split in self._split.items()
         }
-        self._to_flat = {side: plan.reversed() if plan else None for side, plan in self._to_rows.items()}
-        self._gathers: dict[tuple[Factor, ...], Exchange | None] = {}
         self._rows: dict[Factor, Rows] = {}
 
     def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -154,29 +152,30 @@ class Sharded(Layout):
             others.append(Slice(name, values, grad, int(self._held[param].bounds[self.rank]), group))
         return Share(self._rows, others)
 
-    def _buckets(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, ...]]:
+    def _buckets(self, moving: Sequence[Factor]) -> Iterator[list[Factor]]:
+        """Cut into runs of one rank r each whose partners together stay below ``BUCKET_BYTES``."""
         bucket: list[Factor] = []
         size = 0
-        for factor in moving:
-            if bucket and size + 4 * factor.partner.numel > BUCKET_BYTES:
-                yield tuple(bucket)
+        for factor in sorted(moving, key=lambda f: f.rank):
+            weight = 4 * factor.partner.numel
+            if bucket and (factor.rank != bucket[0].rank or size + weight > BUCKET_BYTES):
+                yield bucket
                 bucket, size = [], 0
             bucket.append(factor)
-            size += 4 * factor.partner.numel
+            size += weight
         if bucket:
-            yield tuple(bucket)
+            yield bucket
 
     def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
         for bucket in self._buckets(moving):
-            if bucket not in self._gathers:
-                partitions = [self._partitions[f] for f in bucket]
-                partners = [self._partitions[f.partner] for f in bucket]
-                self._gathers[bucket] = plan_gather(partitions, partners, self.rank)
-            exchange = self._gathers[bucket]
+            partitions = [self._partitions[f] for f in bucket]
+            partners = [self._partitions[f.partner] for f in bucket]
+            # Planned anew each time: kept, the plan would be the one thing here that does not shrink with the ranks.
+            exchange = plan_gather(partitions, partners, self.rank)
             received = None
             if exchange is not None:
-                local = torch.cat([self._rows[f.partner].values.reshape(-1) for f in bucket])
-                received = exchange(local[:, None], self._group, self._device)[:, 0]
+                local = torch.cat([self._rows[f.partner].values for f in bucket])
+                received = exchange(local, self._group, self._device)
             place = 0
             for factor in bucket:
                 if len(self._rows[factor].values) == 0:
@@ -186,8 +185,8 @@ class Sharded(Layout):
                     yield factor, self._rows[partner].values
                 else:
                     assert received is not None
-                    yield factor, received[place : place + partner.numel].view(partner.count, partner.rank)
-                    place += partner.numel
+                    yield factor, received[place : place + partner.count]
+                    place += partner.count
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         buffer = tensor.to(self._device)
@@ -196,15 +195,16 @@ class Sharded(Layout):
 
     def write(self, moved: Sequence[Factor]) -> None:
         for side, split in self._split.items():
-            exchange = self._to_flat[side]
+            exchange = self._to_rows[side]
             if exchange is None or not any(f in split for f in moved):
                 continue
             local = torch.cat([self._rows[f].values.reshape(-1) for f in split])
-            received = exchange(local[:, None], self._group, self._device)[:, 0]
+            received = exchange.back(local[:, None], self._group, self._device)[:, 0]
             place = 0
             for factor in split:
-                values, _, _ = self._interval(factor.param)
+                values, _ = self.held(factor.param)
                 values.copy_(received[place : place + len(values)])
                 place += len(values)
         self._publish()
         self._arrived.clear()
+        self._rows = {}  # it holds gradients, which DeepSpeed is to free

@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parent.parent
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SWEEP_AT = "zero2"
-SWEEP = {"loft": (1e-4, 2e-4, 4e-4, 8e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
+SWEEP = {"loft": (1e-4, 2e-4, 4e-4, 8e-4), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 
 def launch(optimizer: str, config: str, learning_rate: float, steps: int, ranks: int, resume: bool) -> dict[str, Any]:
@@ -40,22 +40,28 @@ def launch(optimizer: str, config: str, learning_rate: float, steps: int, ranks:
     ]
     print(shlex.join(command), flush=True)
     folder = ROOT / "runs" / "main_job" / f"{optimizer}-{config}-{learning_rate}-{steps}"
-    if not (resume and (folder / "metrics.json").exists()):
-        executable = str(Path(sys.executable).parent / "deepspeed")
-        extra = ["--output_dir", str(folder), "--disable_tqdm", "True"]
-        subprocess.run([executable, *command[1:], *extra], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    metrics = json.loads((folder / "metrics.json").read_text())
+    record = folder / "benchmark.json"
+    if resume and record.exists():
+        return json.loads(record.read_text())
+    executable = str(Path(sys.executable).parent / "deepspeed")
+    extra = ["--output_dir", str(folder), "--disable_tqdm", "True"]
+    commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    subprocess.run([executable, *command[1:], *extra], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     history = json.loads((folder / "log_history.json").read_text())
     logged = [entry for entry in history if "loss" in entry]
-    return {
+    result = {
         "optimizer": optimizer,
         "config": config,
         "learning_rate": learning_rate,
         "command": shlex.join(command),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
         "loss": [entry["loss"] for entry in logged],
         "grad_norm": [entry.get("grad_norm") for entry in logged],
-        **metrics,
+        **json.loads((folder / "metrics.json").read_text()),
     }
+    record.write_text(json.dumps(result))
+    return result
 
 
 def machine() -> str:
@@ -118,12 +124,9 @@ def main() -> None:
         if winner["learning_rate"] in (SWEEP[name][0], SWEEP[name][-1]):
             print(f"{name}: the best learning rate {winner['learning_rate']} is at the sweep's edge; widen it")
     others = [run("loft", stage, best["loft"]["learning_rate"]) for stage in STAGES if stage != SWEEP_AT]
-    git = ["git", "-C", str(ROOT)]
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip(),
         "python": platform.python_version(),
         "sweep": {
             name: [{key: one[key] for key in ("learning_rate", "eval_loss_after")} for one in sweep]

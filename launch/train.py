@@ -138,7 +138,8 @@ def train(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         use_loft=args.optimizer is Optimizer.LOFT,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
     trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -58,4 +58,4 @@ def test_killed_and_restarted_on_another_number_of_ranks(tmp_path):
     assert list(curve) == list(uninterrupted) == list(range(1, STEPS + 1))
     # float32; two ranks sum a batch in another order than one does, and 40 steps carry that on.
     assert list(curve.values()) == pytest.approx(list(uninterrupted.values()), rel=1e-3)
-    assert uninterrupted[STEPS] < 0.9 * uninterrupted[1], "there was nothing to lose"
+    assert uninterrupted[STEPS] < 0.96 * uninterrupted[1], "the curve is flat, so it could not tell"

@@ -49,6 +49,8 @@ class LoFTAdamW(Optimizer):
         projected_update: block 5. Off: AdamW's quotient is taken on the factor, not on the projected full matrix.
         projected_clipping: block 6. Off: ``max_grad_norm`` bounds the norm of the plain factor gradients.
         second_moment: "matrix", one (r, r) a row, or "elementwise", the paper's simpler variant with AdamW's own.
+        second_moment_dtype: torch.bfloat16 halves LoFT's largest state; it leaves the loss as it is and moves the
+            trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.
         params: parameters or parameter groups in place of one group of all, to give them ``lr``, ``weight_decay``,
             ``betas`` or ``eps`` of their own. Together they must be the model's trainable parameters.
 
@@ -73,10 +75,13 @@ class LoFTAdamW(Optimizer):
         projected_update: bool = True,
         projected_clipping: bool = True,
         second_moment: Literal["matrix", "elementwise"] = "matrix",
+        second_moment_dtype: torch.dtype | None = None,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
         if second_moment not in ("matrix", "elementwise"):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
+        if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and second_moment != "matrix"):
+            raise ValueError("second_moment_dtype must be None, or torch.bfloat16 for the matrix form")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
         self.model = model
@@ -89,6 +94,7 @@ class LoFTAdamW(Optimizer):
         self.projected_update = projected_update
         self.projected_clipping = projected_clipping
         self.second_moment = second_moment
+        self.second_moment_dtype = second_moment_dtype
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
@@ -129,7 +135,7 @@ class LoFTAdamW(Optimizer):
             "projected_clipping",
             "second_moment",
         )
-        return {switch: getattr(self, switch) for switch in switches}
+        return {switch: getattr(self, switch) for switch in switches} | {"dtype": str(self.second_moment_dtype)}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and the variant of the method that the state belongs to."""
@@ -285,7 +291,7 @@ class LoFTAdamW(Optimizer):
             state["step"] = 0
             state["start"] = rows.start
             state["momentum"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
-            state["second_moment"] = values.new_zeros(len(values), width)
+            state["second_moment"] = values.new_zeros(len(values), width, dtype=self.second_moment_dtype)
         if state["start"] != rows.start or state["momentum"].shape != values.shape:
             raise RuntimeError(
                 f"the loaded state of {factor.name} is of {len(state['momentum'])} rows from row {state['start']} on, "

@@ -194,6 +194,7 @@ def measure_cell(
     for result in results.values():
         if "samples" in result:
             result["seconds"] = statistics.median(result["samples"])
+            result["best_seconds"] = min(result["samples"])
     operations, moved = floor(shape, rank)
     rate = {key: statistics.median(values) for key, values in rates.items()}
     return {
@@ -202,6 +203,7 @@ def measure_cell(
         "methods": {m: results[m] for m in methods},
         "product_flops": rate["flops"],
         "copy_bytes": rate["bytes"],
+        "load_average": os.getloadavg()[0],
         "floor_seconds": max(operations / rate["flops"], moved / rate["bytes"]),
     }
 

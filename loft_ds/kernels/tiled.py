@@ -22,7 +22,7 @@ WORKSPACE_BYTES = 64 << 20
 
 # Tiles of V, measured on two cores (README.md). The inner loop runs over rows, so that the matrix products see
 # tall tiles while the Khatri-Rao rows, which are built once a column tile, stay where they are.
-TILE_ROWS, TILE_COLUMNS = 1024, 512
+TILE_ROWS, TILE_COLUMNS = 2048, 512
 
 
 @functools.lru_cache(maxsize=64)

@@ -140,8 +140,8 @@ def train(argv: list[str] | None = None) -> None:
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
+    trainer.save_model()  # first: whatever happens later, the weights are there
     trainer.evaluate()
-    trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
         metrics = write_report(folder, facts, trainer.state.log_history)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 # Directions of T whose squared length is below this part of the largest are noise in float64 and are dropped.
 RANK_TOLERANCE = 1e-14
+# Squared pivots of a Cholesky factor that differ by more leave its last columns to rounding: eigenvectors then.
+CHOLESKY_TOLERANCE = 1e-10
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
@@ -38,10 +40,31 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 def orthonormal_basis(grams: Tensor) -> Tensor:
-    """``H`` (..., r, r) with ``T @ H`` orthonormal, from the Gram matrices ``T.T @ T`` (..., r, r) in float64.
+    """``H`` (b, r, r) with ``T @ H`` orthonormal, from a batch of Gram matrices ``T.T @ T`` (b, r, r) in float64.
 
-    Columns that belong to directions ``T`` does not have are zero, so that at PEFT's ``B = 0`` all of ``H`` is.
+    ``inv(L).T`` of the Cholesky factor ``L``, many times as fast as eigenvectors; these where ``T`` is short of
+    directions, as at PEFT's ``B = 0``. Columns of ``H`` for directions that ``T`` does not have are zero.
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix that is not finite.
     """
+    lower, info = torch.linalg.cholesky_ex(grams)
+    pivots = torch.diagonal(lower, dim1=-2, dim2=-1).square()
+    sound = (info == 0) & (pivots.amin(dim=-1) > CHOLESKY_TOLERANCE * pivots.amax(dim=-1))
+    if bool(sound.all()):
+        return _inverse_transposed(lower)
+    basis = torch.empty_like(grams)
+    basis[sound] = _inverse_transposed(lower[sound])
+    basis[~sound] = _eigenbasis(grams[~sound])
+    return basis
+
+
+def _inverse_transposed(lower: Tensor) -> Tensor:
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower.mT, identity.expand_as(lower), upper=True)
+
+
+def _eigenbasis(grams: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(grams)
     kept = eigenvalues > RANK_TOLERANCE * eigenvalues[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     lengths = torch.where(kept, eigenvalues, 1.0).rsqrt()
@@ -51,10 +74,9 @@ def orthonormal_basis(grams: Tensor) -> Tensor:
 def unscaled_basis(basis: Tensor) -> Tensor:
     """``C @ H`` (r, r) from ``H`` alone: ``G @ C @ H`` are the coordinates of an *unscaled* gradient ``G``.
 
-    ``H = E @ diag(l) ** -0.5`` and ``C @ H = E @ diag(l) ** 0.5``, so each column is divided by its squared length.
+    ``H.T @ C @ H`` is the identity on the directions that ``T`` has.
     """
-    squared = basis.square().sum(dim=-2, keepdim=True)
-    return torch.where(squared > 0, basis / torch.where(squared > 0, squared, 1.0), 0.0)
+    return torch.linalg.pinv(basis).mT
 
 
 def cauchy_schwarz_bound(beta1: float, beta2: float) -> float:

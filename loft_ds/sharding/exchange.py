@@ -9,7 +9,7 @@ holds whole is owned by that rank whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -67,6 +67,10 @@ class Exchange:
     send_counts: list[int]
     recv_index: Tensor
     recv_counts: list[int]
+
+    def to(self, device: torch.device) -> Exchange:
+        """The same with its indices on a device."""
+        return replace(self, send_index=self.send_index.to(device), recv_index=self.recv_index.to(device))
 
     def __call__(self, local: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """Exchange ``local`` (elements, width) and give the result (elements', width) on its device.

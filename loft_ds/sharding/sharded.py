@@ -82,7 +82,7 @@ class Sharded(Layout):
             if self._partitions[f].is_split:
                 self._split[f.side].append(f)
         self._to_rows = {
-            side: plan_rows([self._partitions[f] for f in split], self.rank) if split else None
+            side: plan_rows([self._partitions[f] for f in split], self.rank).to(flats[0].device) if split else None
             for side, split in self._split.items()
         }
         self._rows: dict[Factor, Rows] = {}

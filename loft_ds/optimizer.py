@@ -386,6 +386,7 @@ class LoFTAdamW(Optimizer):
                 beta2,
                 pending=state.pop("pending", None),
                 rotation=None if rotations is None else rotations[1],
+                seed=state["step"],
             )
         else:
             state["pending"] = gradient  # one pass over the second moment a turn, not one a step

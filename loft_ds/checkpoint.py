@@ -177,13 +177,14 @@ def _steps(optimizer: LoFTAdamW) -> int:
 
 
 def _local_tensors(optimizer: LoFTAdamW, layout: Layout) -> dict[str, Tensor]:
-    """What this rank writes, keyed ``name|kind``; bases are written by the first rank alone."""
+    """What this rank writes, keyed ``name|kind``; a basis is written by the first rank that owns rows in it."""
+    factors = _factors(optimizer)
     tensors = {}
     for name, param in _parameters(optimizer).items():
         tensors[f"{name}|values"] = layout.held(param)[0]
         state = optimizer.state.get(name, {})
         tensors.update({f"{name}|{kind}": state[kind] for kind in ROW_STATE + FLAT_STATE if kind in state})
-        if layout.rank == 0 and "basis" in state:
+        if "basis" in state and layout.rank == _first_owner(layout.row_bounds(factors[name]).tolist()):
             tensors[f"{name}|basis"] = state["basis"]
     return {
         key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items() if t.numel()
@@ -204,7 +205,7 @@ def _manifest(optimizer: LoFTAdamW, layout: Layout, engine: DeepSpeedEngine | No
         parameters[name] = {
             **_description(name, optimizer),
             "step": state.get("step", 0),
-            "state": sorted(kind for kind in state if isinstance(state[kind], Tensor)),
+            "state": sorted(kind for kind in state if kind in ROW_STATE + FLAT_STATE),
             "held": layout.held(param)[1].tolist(),
             "rows": layout.row_bounds(factors[name]).tolist() if name in factors else None,
         }
@@ -335,10 +336,14 @@ def _read(
             if kind == "second_moment" and optimizer.second_moment == "matrix":
                 width = factor.rank * (factor.rank + 1) // 2
             state[kind] = rows.view(stop - start, width)
-    if "basis" in saved["state"]:
-        with _opened(folder / _file_name(0, world)) as file:
-            state["basis"] = file.get_tensor(f"{name}|basis").to(held.device)
+    with _opened(folder / _file_name(_first_owner(saved["rows"]), world)) as file:
+        state["basis"] = file.get_tensor(f"{name}|basis").to(held.device)
     return values, state
+
+
+def _first_owner(row_bounds: list[int]) -> int:
+    """The first rank that owns any rows."""
+    return next(rank for rank, stop in enumerate(row_bounds[1:]) if stop > 0)
 
 
 def _read_range(folder: Path, world: int, key: str, pieces: list[int], start: int, stop: int) -> Tensor:

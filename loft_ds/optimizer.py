@@ -31,8 +31,8 @@ class LoFTAdamW(Optimizer):
 
     ``state`` is keyed by parameter name, because under ZeRO the parameters are not what the optimizer is handed. Of a
     factor it holds, for this rank's rows beginning at ``start``: ``momentum`` (k_i, r), ``second_moment``
-    (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in, and either ``pending`` (k_i, r), the gradient
-    of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move.
+    (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in (where there are rows), and either ``pending``
+    (k_i, r), the gradient of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move.
 
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
@@ -307,17 +307,22 @@ class LoFTAdamW(Optimizer):
         (r, r) from the old coordinates to the new. Where the partner rested both are the identity and left out.
         """
         fresh = [f for f in rows if "basis" not in self.state[f.name] or "previous" in self.state[f.partner.name]]
+        # A pair that is all another rank's needs no basis here, and one that is all this rank's no other rank's sums.
+        fresh = [f for f in fresh if len(rows[f].values) or not layout.in_one_place(f)]
+        fresh.sort(key=layout.in_one_place)
         turned = [f for f in fresh if "basis" in self.state[f.name]]
-        if not fresh:
-            return {}
-        partners = [rows[f.partner].values for f in fresh]
-        products = [algebra.gram(t, t) for t in partners]
-        products += [algebra.gram(self.state[f.partner.name].pop("previous"), rows[f.partner].values) for f in turned]
-        summed = layout.all_reduce(torch.cat([p.reshape(-1) for p in products]))
-        products = [s.view_as(p) for s, p in zip(summed.split([p.numel() for p in products]), products, strict=True)]
+        products = [(f, algebra.gram(rows[f.partner].values, rows[f.partner].values)) for f in fresh]
+        products += [(f, algebra.gram(self.state[f.partner.name]["previous"], rows[f.partner].values)) for f in turned]
+        for factor in rows:
+            self.state[factor.name].pop("previous", None)
+        spread = [product for f, product in products if not layout.in_one_place(f)]
+        if spread:
+            summed = layout.all_reduce(torch.cat([product.reshape(-1) for product in spread]))
+            for product, total in zip(spread, summed.split([p.numel() for p in spread]), strict=True):
+                product.copy_(total.view_as(product))
 
         by_rank: dict[int, list[tuple[Factor, Tensor]]] = defaultdict(list)
-        for factor, product in zip(fresh, products, strict=False):
+        for factor, product in products[: len(fresh)]:
             by_rank[factor.rank].append((factor, factor.scaling**2 * product))
         old = {f: self.state[f.name]["basis"] for f in turned}
         for batch in by_rank.values():
@@ -331,7 +336,7 @@ class LoFTAdamW(Optimizer):
                 self.state[factor.name]["basis"] = basis.clone()
 
         rotations = {}
-        for factor, cross in zip(turned, products[len(fresh) :], strict=True):
+        for factor, cross in products[len(fresh) :]:
             basis, dtype = self.state[factor.name]["basis"], rows[factor].values.dtype
             calibrated = (old[factor].T @ (factor.scaling * cross) @ basis).to(dtype)
             kept = (old[factor].T @ algebra.unscaled_basis(basis)).to(dtype)
@@ -343,6 +348,8 @@ class LoFTAdamW(Optimizer):
 
     def _scaled_gradient(self, factor: Factor, rows: Rows) -> Tensor:
         """The gradient of the rows (k_i, r) in orthonormal coordinates."""
+        if not len(rows.grad):
+            return rows.grad.clone()
         basis = self.state[factor.name]["basis"]
         return rows.grad @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(rows.grad.dtype)
 
@@ -377,8 +384,9 @@ class LoFTAdamW(Optimizer):
             state["momentum"] = state["momentum"] @ rotations[0]
         state["momentum"].lerp_(gradient, 1 - beta1)
         if self.second_moment == "elementwise":
-            published = gradient @ state["basis"].T.to(gradient.dtype)
-            state["second_moment"].mul_(beta2).addcmul_(published, published, value=1 - beta2)
+            if len(gradient):
+                published = gradient @ state["basis"].T.to(gradient.dtype)
+                state["second_moment"].mul_(beta2).addcmul_(published, published, value=1 - beta2)
         elif moves or rotations is not None or "pending" in state:
             kernels.accumulate_second_moment_(
                 state["second_moment"],

@@ -88,7 +88,7 @@ def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
         out[factor.name] = {
             "momentum": state["momentum"].double(),
             "second_moment": second,
-            "basis": state["basis"],
+            "basis": state.get("basis", torch.eye(factor.rank, dtype=torch.float64)),  # none where there are no rows
             "start": torch.tensor(state["start"]),
         }
     return out

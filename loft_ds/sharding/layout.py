@@ -73,6 +73,13 @@ class Layout(ABC):
     def refresh(self) -> None:
         """Bring the model's own weights up to date with master weights that were written through :meth:`held`."""
 
+    def in_one_place(self, factor: Factor) -> bool:
+        """Whether all rows of a factor and of its partner are one rank's: then nobody else needs its basis.
+
+        All ranks give the same answer.
+        """
+        return True
+
     @abstractmethod
     def collect(self, param_groups: Sequence[Group]) -> bool:
         """Take what one call of ``Optimizer.step`` carries; True once the step is complete.

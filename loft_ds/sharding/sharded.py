@@ -94,6 +94,10 @@ class Sharded(Layout):
     def row_bounds(self, factor: Factor) -> Tensor:
         return self._partitions[factor].row_bounds
 
+    def in_one_place(self, factor: Factor) -> bool:
+        here, there = self._partitions[factor].holds_whole, self._partitions[factor.partner].holds_whole
+        return bool((here & there).any())
+
     def refresh(self) -> None:
         self._refresh()
 

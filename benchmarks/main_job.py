@@ -76,7 +76,7 @@ def machine() -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Losses on the left; on the right how far each stage is from stage 0."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     by_name = {(run["optimizer"], run["config"]): run for run in runs}
     reference = by_name["loft", STAGES[0]]
     for index, stage in enumerate(STAGES):
@@ -97,7 +97,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="step", ylabel="|loss - loss under ZeRO 0|", title="LoFT (1e-7 stands for that or less)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -14,6 +14,7 @@ import datetime
 import json
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def main() -> None:
                     print(rows[-1], flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     facts = {
-        "command": shlex.join(["python", "benchmarks/traffic.py"]),
+        "command": shlex.join(["python", "benchmarks/traffic.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit.strip(),
         "device": "none: counted from the plans, not timed",

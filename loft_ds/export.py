@@ -33,7 +33,7 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
     """
     optimizer, _, engine = attached(target)
     model = cast(PeftModel, optimizer.model if engine is None else engine.module)
-    state = adapter_state_dict(model)
+    state = adapter_state_dict(model, engine)
     with together():
         if first_rank():
             model.save_pretrained(str(directory), state_dict=state)
@@ -55,13 +55,15 @@ def _merge(directory: Path) -> None:
     model.merge_and_unload().save_pretrained(directory / "merged")
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module, engine: DeepSpeedEngine | None) -> dict[str, Tensor]:
     """All that PEFT may save of a model, whole, on the CPU, under any ZeRO stage.
 
     That is what is trained, every adapter whether it is trained or not, and the buffers.
 
     A collective under stage 3: all ranks call it, one parameter at a time is gathered.
     """
+    if engine is not None and engine.zero_optimization_partition_weights():
+        engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     kept = {id(p) for p in model.parameters() if p.requires_grad}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def shape_of(param: Tensor) -> torch.Size:
@@ -131,9 +132,16 @@ def find_trainable(model: nn.Module) -> Trainable:
     """Sort a PEFT model's trainable parameters into factor pairs and others.
 
     Raises:
-        ValueError: a model with no pair LoFT can treat, a factor shared by two layers, a pair that is half frozen.
+        ValueError: a model with no pair LoFT can treat, a factor shared by two layers, a pair that is half frozen,
+            parameters that something else than DeepSpeed shards.
     """
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    sharded = next((n for p, n in names.items() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is a DTensor, sharded by FSDP2 or a tensor-parallel plan: LoFTAdamW knows plain torch, DDP and "
+            "DeepSpeed ZeRO stages 0 to 3."
+        )
     pairs: list[tuple[Factor, Factor]] = []
     untreated: dict[str, str] = {}
     owner: dict[nn.Parameter, str] = {}

@@ -132,7 +132,8 @@ class LoFTMixin(Base):
         if not self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
             return
-        state = adapter_state_dict(self.model)
+        engine = None if self.model_wrapped is self.model else self.model_wrapped
+        state = adapter_state_dict(self.model, engine)
         if self.args.should_save:
             self._save(output_dir or self.args.output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:

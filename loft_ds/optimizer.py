@@ -265,10 +265,10 @@ class LoFTAdamW(Optimizer):
         rotations = self._turn_bases(share.rows, layout)
         gradients = {f: self._scaled_gradient(f, rows) for f, rows in share.rows.items()}
         coefficient = self._clip(share.rows, gradients, moving, share.others, layout)
+        moves = set(moving)
         for factor, gradient in gradients.items():
-            self._accumulate(
-                factor, gradient.mul_(coefficient), rotations.get(factor), share.rows[factor], factor in moving
-            )
+            gradient.mul_(coefficient.to(gradient.device))
+            self._accumulate(factor, gradient, rotations.get(factor), share.rows[factor], factor in moves)
 
         # Both factors are read as they were when the gradient was taken, so nothing moves before all is computed.
         steps = {}
@@ -321,11 +321,11 @@ class LoFTAdamW(Optimizer):
             for product, total in zip(spread, summed.split([p.numel() for p in spread]), strict=True):
                 product.copy_(total.view_as(product))
 
-        by_rank: dict[int, list[tuple[Factor, Tensor]]] = defaultdict(list)
+        batches: dict[tuple[int, torch.device], list[tuple[Factor, Tensor]]] = defaultdict(list)
         for factor, product in products[: len(fresh)]:
-            by_rank[factor.rank].append((factor, factor.scaling**2 * product))
+            batches[factor.rank, product.device].append((factor, factor.scaling**2 * product))
         old = {f: self.state[f.name]["basis"] for f in turned}
-        for batch in by_rank.values():
+        for batch in batches.values():
             grams = torch.stack([g for _, g in batch])
             try:
                 bases = algebra.orthonormal_basis(grams)
@@ -363,7 +363,7 @@ class LoFTAdamW(Optimizer):
     ) -> Tensor:
         """The clipping coefficient, a scalar. ``||g @ T.T||_F = ||g||_F`` in orthonormal coordinates."""
         clipped = [gradients[f] for f in moving] if self.projected_clipping else [r.grad for r in rows.values()]
-        squares = [t.double().square().sum() for t in clipped + [part.grad for part in others]]
+        squares = [t.double().square().sum().to(clipped[0].device) for t in clipped + [part.grad for part in others]]
         norm = layout.all_reduce(torch.stack(squares).sum()).sqrt()
         if self._global_grad_norm.device != norm.device:  # the model was moved after construction
             self._global_grad_norm = self._global_grad_norm.to(norm.device)
@@ -445,7 +445,7 @@ class LoFTAdamW(Optimizer):
         state["step"] += 1
         algebra.adamw_update_(
             values,
-            part.grad.to(dtype) * coefficient,
+            part.grad.to(dtype) * coefficient.to(part.grad.device),
             state["exp_avg"],
             state["exp_avg_sq"],
             step=state["step"],

@@ -383,24 +383,40 @@ def test_adapters_are_the_same_from_every_stage(ranks, tmp_path, world, steps):
         assert torch.equal(model(x), expected(x))
 
 
-def test_merged_on_request(tmp_path):
-    """``merge=True`` leaves a plain model that computes what base and adapter do."""
+def export_merged(rank, world, stage, folder):
+    """Train a tiny Llama, export and merge it: its logits before."""
+    import deepspeed
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     size = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=1, **size))
-    base.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=1, **size)).save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = LoFTAdamW(model, lr=1e-2)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=config)
     ids = torch.arange(12).view(2, 6)
     for _ in range(3):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    loft_ds.export_adapter(optimizer, tmp_path / "adapter", merge=True)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    loft_ds.export_adapter(engine, folder / "adapter", merge=True)
+    logits = engine(input_ids=ids).logits.detach()
+    engine.destroy()
+    return ids, logits
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_merged_on_request(ranks, tmp_path, stage):
+    """``merge=True`` leaves a plain model that computes what base and adapter do."""
+    from transformers import AutoModelForCausalLM
+
+    ((ids, logits),) = ranks(1)(export_merged, stage, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     # Merging adds the product to the weight before the input instead of after it: a few float32 ulps of the logits.
-    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-5)

@@ -4,8 +4,10 @@ import functools
 
 import pytest
 import torch
-from models import odd_model, relative, trained
+from models import batch, odd_model, relative, trained
 from sharded_run import Outcome, assembled, train_plain, train_sharded
+
+from loft_ds import LoFTAdamW
 
 BETAS = (0.9, 0.99)
 
@@ -95,6 +97,90 @@ def test_from_pefts_zero(ranks, stage):
             ours, theirs = (o.params[b] @ o.params[name] for o in (outcome, single))
             assert relative(ours, theirs) < 1e-4, name  # of the change of W alone, which is small itself
             assert not torch.equal(single.params[name], start[name])
+
+
+def largest_allocation(rank, world):
+    """The largest tensor that a rank's third and fourth step allocate, and the whole second moment, in bytes."""
+    import deepspeed
+    from peft import LoraConfig, get_peft_model
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(1200, 200)), LoraConfig(r=64, target_modules=["0"]))
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model), config=config)
+    for step in range(4):
+        engine.backward(engine(torch.randn(4, 1200)).square().mean())
+        if step < 2:
+            engine.step()
+        else:
+            with Watch():
+                engine.step()
+    engine.destroy()
+    return largest, 1200 * (64 * 65 // 2) * 4
+
+
+def test_no_rank_has_the_whole_not_even_for_a_moment(ranks):
+    """Of A's second moments, 10 MB, a rank holds its 2.5 MB; the largest tensor of a step is a workspace of 4 MB."""
+    for largest, whole in ranks(4)(largest_allocation):
+        assert whole / 4 < largest < whole / 2
+
+
+def under_ddp(rank, world, steps):
+    """torch's own data parallelism, without DeepSpeed: every rank holds and does everything."""
+    model = odd_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=0.2, betas=BETAS)
+    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
+    for step in range(steps):
+        x, y = batch(step)
+        (wrapped(x[part]) - y[part]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+def test_ddp(ranks):
+    first, second = ranks(2)(under_ddp, 20)
+    single = plain(20, max_grad_norm=0.2).params
+    for name, param in single.items():
+        assert relative(first[name], param) < TOLERANCE[20], name
+        assert torch.equal(first[name], second[name]), name
+
+
+def dtensors(rank, world):
+    """What LoFT says of a model that FSDP2 or a tensor-parallel plan has sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    model = odd_model()
+    layer = model.base_model.model[0].lora_A["default"]
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (world,))))
+    try:
+        LoFTAdamW(model)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_other_sharding_is_refused(ranks):
+    (said,) = ranks(1)(dtensors)
+    assert "lora_A.default.weight is a DTensor" in said
 
 
 CASES = {

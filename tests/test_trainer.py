@@ -211,3 +211,59 @@ def test_best_model_at_end(ranks, tmp_path):
     saved = load_file(next((Path(best) / f"global_step{STEPS}").glob("rank-*")))
     for name, p in params.items():
         assert torch.equal(saved[f"{name}|values"].view(p.shape), p), name
+
+
+class Bomb:
+    """What runs when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return Path.touch, (self.sentinel,)
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "global_step4/manifest.json"])
+def test_pickles_in_a_trainers_checkpoint_never_run(ranks, tmp_path, name):
+    ranks(1)(interrupted, 2, tmp_path / "cut", None, steps=4)
+    sentinel = tmp_path / "ran"
+    torch.save(Bomb(sentinel), tmp_path / "cut" / "checkpoint-4" / name)
+    with pytest.raises(RuntimeError, match=r"weights_only|manifest\.json: is damaged"):
+        ranks(1)(interrupted, 2, tmp_path / "cut", True)
+    assert not sentinel.exists()
+
+
+def saved_after_evaluation(rank, world, folder):
+    """A Llama deep enough that stage 3 prefetches, evaluated and saved every second step: the adapter's tensors."""
+    import os
+
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=6, tie_word_embeddings=True, **size)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 150, "stage3_prefetch_bucket_size": 921}
+    settings = {"train_micro_batch_size_per_gpu": "auto", "zero_allow_untested_optimizer": True}
+    each_second = {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 2, "save_steps": 2}
+    args = arguments(
+        folder,
+        deepspeed=settings | {"zero_optimization": zero},
+        max_steps=4,
+        per_device_train_batch_size=2,
+        **each_second,
+    )
+    ids = torch.arange(16)
+    data = [{"input_ids": ids + i, "labels": ids + i} for i in range(16)]
+    LoFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4]).train()
+    saved = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+    return {name: tuple(t.shape) for name, t in saved.items()}
+
+
+def test_saving_right_after_an_evaluation_at_stage_3(ranks, tmp_path):
+    shapes, other = ranks(2)(saved_after_evaluation, tmp_path)
+    assert shapes == other
+    assert len(shapes) == 6 * 7 * 2
+    assert all(min(shape) == 4 for shape in shapes.values()), "empty or partial tensors"

@@ -420,12 +420,12 @@ class LoFTAdamW(Optimizer):
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
         moments = state["momentum"], state["second_moment"]
-        scalars = {"correction1": correction1, "correction2": correction2, "eps": eps, "bound": bound}
+        quotient = kernels.Quotient(correction1, correction2, eps, bound)
         if partner is None:
-            return kernels.normalized_update(*moments, basis.to(dtype), **scalars)
+            return kernels.normalized_update(*moments, basis.to(dtype), quotient)
         # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
         orthonormal = (partner.double() @ (factor.scaling * basis)).to(dtype)
-        return kernels.projected_update(*moments, orthonormal, **scalars) @ basis.T.to(dtype)
+        return kernels.projected_update(*moments, orthonormal, quotient) @ basis.T.to(dtype)
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,3 +111,13 @@ def in_coordinates(state: dict[str, Tensor], basis: Tensor) -> dict[str, Tensor]
 def relative(a: Tensor, b: Tensor) -> float:
     """Frobenius distance over the norm of ``b``."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+class Bomb:
+    """What runs when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return Path.touch, (self.sentinel,)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch, odd_model, relative, trained, two_groups
+from models import Bomb, batch, odd_model, relative, trained, two_groups
 from ranks import CONTEXT
 from safetensors.torch import load_file
 
@@ -300,16 +300,6 @@ def test_other_groups_are_refused(tmp_path):
     model = odd_model()
     with pytest.raises(CheckpointError, match="its parameters are in 2 other groups"):
         loft_ds.load_checkpoint(LoFTAdamW(model), tmp_path)
-
-
-class Bomb:
-    """What runs when it is unpickled."""
-
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000-of-00001.safetensors"])

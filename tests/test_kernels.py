@@ -1,6 +1,7 @@
 """Every path of the kernels against the reference in float64, on fresh random input."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,9 @@ from loft_ds.algebra import cauchy_schwarz_bound
 from loft_ds.kernels import reference, storage, tiled
 
 BETA1, BETA2, STEPS = 0.9, 0.99, 40
-SCALARS = {
-    "correction1": 1 - BETA1**STEPS,
-    "correction2": 1 - BETA2**STEPS,
-    "eps": 1e-8,
-    "bound": cauchy_schwarz_bound(BETA1, BETA2),
-}
+QUOTIENT = kernels.Quotient(
+    correction1=1 - BETA1**STEPS, correction2=1 - BETA2**STEPS, eps=1e-8, bound=cauchy_schwarz_bound(BETA1, BETA2)
+)
 RANKS = [1, 2, 3, 5, 16, 17, 33, 64]
 # (k, n): rows fewer and more than columns, neither a multiple of a tile, and the empty and single ones.
 SHAPES = [(70, 131), (131, 70), (1, 9), (9, 1), (0, 5), (5, 0)]
@@ -76,37 +74,37 @@ def test_update(name: str, rank: int, dtype: torch.dtype) -> None:
     for seed, (k, n) in enumerate(SHAPES):
         momentum, packed = moments(k, rank, seed)
         basis = rows(n, rank, 100 + seed)
-        expected = getattr(reference, name)(momentum, packed, basis, **SCALARS)
+        expected = getattr(reference, name)(momentum, packed, basis, QUOTIENT)
         given = [t.to(dtype) for t in (momentum, packed, basis)]
-        actual = getattr(kernels, name)(*given, **SCALARS)
+        actual = getattr(kernels, name)(*given, QUOTIENT)
         assert actual.dtype == dtype
         assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
-        assert_close(getattr(kernels, name)(*map(strided, given), **SCALARS), expected, UPDATE_TOLERANCE[dtype])
+        assert_close(getattr(kernels, name)(*map(strided, given), QUOTIENT), expected, UPDATE_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("k", "n", "rank"), [(2500, 1100, 4), (1030, 600, 16), (30, 515, 128), (3, 5, 128)])
 def test_update_across_tiles(k: int, n: int, rank: int) -> None:
     momentum, packed = moments(k, rank, seed=k)
     basis = rows(n, rank, seed=n)
-    expected = tiled.projected_update(momentum, packed, basis, **SCALARS)
+    expected = tiled.projected_update(momentum, packed, basis, QUOTIENT)
     some = torch.arange(0, k, max(1, k // 40))
-    assert_close(expected[some], reference.projected_update(momentum[some], packed[some], basis, **SCALARS), 1e-13)
+    assert_close(expected[some], reference.projected_update(momentum[some], packed[some], basis, QUOTIENT), 1e-13)
     assert_close(
-        tiled.projected_update(momentum.float(), packed.float(), basis.float(), **SCALARS),
+        tiled.projected_update(momentum.float(), packed.float(), basis.float(), QUOTIENT),
         expected,
         UPDATE_TOLERANCE[torch.float32],
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bound", [SCALARS["bound"], 0.5, math.inf])
+@pytest.mark.parametrize("bound", [QUOTIENT.bound, 0.5, math.inf])
 def test_bound(bound: float, dtype: torch.dtype) -> None:
     """0.5 clamps most entries."""
     momentum, packed = moments(50, 6, seed=1)
     basis = rows(40, 6, seed=2)
-    scalars = {**SCALARS, "bound": bound}
-    expected = reference.projected_update(momentum, packed, basis, **scalars)
-    actual = tiled.projected_update(momentum.to(dtype), packed.to(dtype), basis.to(dtype), **scalars)
+    quotient = replace(QUOTIENT, bound=bound)
+    expected = reference.projected_update(momentum, packed, basis, quotient)
+    actual = tiled.projected_update(momentum.to(dtype), packed.to(dtype), basis.to(dtype), quotient)
     assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
 
 
@@ -116,13 +114,13 @@ def test_vanishing_second_moment_gives_no_update(dtype: torch.dtype) -> None:
     momentum = torch.ones(3, 2, dtype=dtype)
     packed = torch.tensor([[0.0, 0, 0], [-1e-9, 0, -1e-9], [1.0, -1, 1]], dtype=dtype)
     basis = torch.ones(4, 2, dtype=dtype)
-    assert tiled.projected_update(momentum, packed, basis, **SCALARS).abs().max() < 1e-6
+    assert tiled.projected_update(momentum, packed, basis, QUOTIENT).abs().max() < 1e-6
 
 
 def test_nan_is_not_hidden() -> None:
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = math.nan
-    update = tiled.projected_update(momentum, packed, rows(5, 3, seed=2), **SCALARS)
+    update = tiled.projected_update(momentum, packed, rows(5, 3, seed=2), QUOTIENT)
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -132,8 +130,8 @@ def test_first_step_follows_the_sign() -> None:
     gradient, basis = rows(200, 8, seed=3).float(), rows(100, 8, seed=4).float()
     packed = torch.zeros(200, 36)
     kernels.accumulate_second_moment_(packed, gradient, BETA2)
-    scalars = {**SCALARS, "correction1": 1 - BETA1, "correction2": 1 - BETA2, "eps": 1e-12}
-    update = tiled.normalized_update((1 - BETA1) * gradient, packed, basis, **scalars)
+    quotient = replace(QUOTIENT, correction1=1 - BETA1, correction2=1 - BETA2, eps=1e-12)
+    update = tiled.normalized_update((1 - BETA1) * gradient, packed, basis, quotient)
     product = gradient @ basis.T
     clear = product.abs() > 1e-2 * product.abs().max()  # elsewhere V is a rounding error, and the clamp's business
     torch.testing.assert_close(update[clear], product.sign()[clear], rtol=0, atol=2e-2)
@@ -174,8 +172,8 @@ def test_bfloat16_is_only_storage() -> None:
     """Arithmetic stays float32: the update is that of the stored numbers, an accumulation rounds once, at the end."""
     momentum, packed = moments(300, 16, seed=1)
     stored, basis = packed.bfloat16(), rows(200, 16, seed=2)
-    expected = reference.projected_update(momentum, stored.double(), basis, **SCALARS)
-    actual = kernels.projected_update(momentum.float(), stored, basis.float(), **SCALARS)
+    expected = reference.projected_update(momentum, stored.double(), basis, QUOTIENT)
+    actual = kernels.projected_update(momentum.float(), stored, basis.float(), QUOTIENT)
     assert_close(actual, expected, UPDATE_TOLERANCE[torch.float32])
 
     gradient, pending, rotation = rows(300, 16, 3), rows(300, 16, 4), contraction(16, 5)
@@ -251,7 +249,7 @@ def test_extra_memory(stored: torch.dtype, k: int, n: int, rank: int) -> None:
     packed = torch.ones(k, rank * (rank + 1) // 2, dtype=stored)
     momentum, basis = torch.ones(k, rank, dtype=dtype), torch.ones(n, rank, dtype=dtype)
     with Allocations() as allocations:
-        result = tiled.projected_update(momentum, packed, basis, **SCALARS)
+        result = tiled.projected_update(momentum, packed, basis, QUOTIENT)
     assert 0 < allocations.peak - result.nbytes <= tiled.WORKSPACE_BYTES
     if k * n * rank > 1e8:
         assert allocations.peak < k * n * rank  # let alone that many numbers

@@ -7,14 +7,15 @@ again with ``TRITON_INTERPRET=1``.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from test_kernels import (
     BETA2,
     MOMENT_TOLERANCE,
+    QUOTIENT,
     RANKS,
-    SCALARS,
     SHAPES,
     UPDATE_TOLERANCE,
     assert_close,
@@ -53,10 +54,10 @@ def test_projected_update(rank: int, stored: torch.dtype) -> None:
     for seed, (k, n) in enumerate(SHAPES if rank <= 33 else [(19, 70)]):
         momentum, packed = moments(k, rank, seed)
         packed, basis = packed.to(stored), rows(n, rank, 100 + seed)
-        expected = reference.projected_update(momentum, packed.double(), basis, **SCALARS)
+        expected = reference.projected_update(momentum, packed.double(), basis, QUOTIENT)
         given = [momentum.float().to(DEVICE), packed.to(DEVICE), basis.float().to(DEVICE)]
         for arguments in (given, [strided(t) for t in given]):
-            actual = fused.projected_update(*arguments, **SCALARS)
+            actual = fused.projected_update(*arguments, QUOTIENT)
             assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
@@ -67,9 +68,9 @@ def test_bound(bound: float) -> None:
 
     momentum, packed = moments(50, 6, seed=1)
     basis = rows(40, 6, seed=2)
-    scalars = {**SCALARS, "bound": bound}
-    expected = reference.projected_update(momentum, packed, basis, **scalars)
-    actual = fused.projected_update(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), **scalars)
+    quotient = replace(QUOTIENT, bound=bound)
+    expected = reference.projected_update(momentum, packed, basis, quotient)
+    actual = fused.projected_update(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), quotient)
     assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
@@ -80,7 +81,7 @@ def test_nan_is_not_hidden() -> None:
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = float("nan")
     given = (t.float().to(DEVICE) for t in (momentum, packed, rows(5, 3, seed=2)))
-    update = fused.projected_update(*given, **SCALARS)
+    update = fused.projected_update(*given, QUOTIENT)
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 

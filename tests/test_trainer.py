@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch, odd_model, relative, trained
+from models import Bomb, batch, odd_model, relative, trained
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -211,16 +211,6 @@ def test_best_model_at_end(ranks, tmp_path):
     saved = load_file(next((Path(best) / f"global_step{STEPS}").glob("rank-*")))
     for name, p in params.items():
         assert torch.equal(saved[f"{name}|values"].view(p.shape), p), name
-
-
-class Bomb:
-    """What runs when it is unpickled."""
-
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "global_step4/manifest.json"])

@@ -9,9 +9,10 @@ from types import ModuleType
 from torch import Tensor
 
 from . import tiled
+from .reference import Quotient
 from .tiled import normalized_update
 
-__all__ = ["accumulate_second_moment_", "normalized_update", "projected_update"]
+__all__ = ["Quotient", "accumulate_second_moment_", "normalized_update", "projected_update"]
 
 
 @functools.cache
@@ -34,16 +35,10 @@ def projected_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """``U @ basis`` (k, r) by the fastest kernel for these tensors. See :func:`reference.projected_update`."""
-    return _implementation(momentum, packed).projected_update(
-        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
-    )
+    return _implementation(momentum, packed).projected_update(momentum, packed, basis, quotient)
 
 
 def accumulate_second_moment_(

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiled
+from .reference import Quotient
 from .storage import HASH_MULTIPLIERS, seed_word
 
 # A program rotates one row's (r, r) matrix in registers; plain torch takes over where it does not fit.
@@ -206,11 +207,7 @@ def projected_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """``U @ basis`` (k, r) without ``U``. See :func:`reference.projected_update`."""
     (k, rank), width = momentum.shape, basis.shape[0]
@@ -232,10 +229,10 @@ def projected_update(
         k,
         width,
         columns_a_split,
-        1 / correction1,
-        1 / correction2,
-        eps,
-        bound * math.sqrt(correction2) / correction1,
+        1 / quotient.correction1,
+        1 / quotient.correction2,
+        quotient.eps,
+        quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1,
         packed_is_float=packed.dtype == torch.float32,
         RANK=rank,
         PADDED=_padded(rank),

@@ -6,8 +6,28 @@ in the order of ``torch.triu_indices(r, r)``: (k, r * (r + 1) / 2).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """The scalars of AdamW's quotient ``M / correction1 / (sqrt(V / correction2) + eps)`` in one step.
+
+    Attributes:
+        correction1: ``1 - beta1 ** t``.
+        correction2: ``1 - beta2 ** t``.
+        eps: AdamW's.
+        bound: of ``|M|`` against ``sqrt(V)``, :func:`loft_ds.algebra.cauchy_schwarz_bound`.
+    """
+
+    correction1: float
+    correction2: float
+    eps: float
+    bound: float
 
 
 def pack(symmetric: Tensor) -> Tensor:
@@ -51,11 +71,7 @@ def normalized_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """AdamW's step on the full matrix, ``U`` (k, l), before the learning rate.
 
@@ -66,31 +82,21 @@ def normalized_update(
         momentum: (k, r).
         packed: second moments (k, r(r+1)/2).
         basis: rows ``q_j`` (l, r).
-        correction1: ``1 - beta1 ** t``.
-        correction2: ``1 - beta2 ** t``.
-        eps: AdamW's.
-        bound: :func:`loft_ds.algebra.cauchy_schwarz_bound`.
+        quotient: this step's scalars.
     """
     full = unpack(packed, basis.shape[1])
     second = torch.einsum("jr,krs,js->kj", basis, full, basis).clamp_min_(0).sqrt_()
     first = momentum @ basis.T
-    if bound != float("inf"):
-        first = torch.minimum(torch.maximum(first, -bound * second), bound * second)
-    return (first / correction1) / (second / correction2**0.5 + eps)
+    if quotient.bound != math.inf:
+        first = torch.minimum(torch.maximum(first, -quotient.bound * second), quotient.bound * second)
+    return (first / quotient.correction1) / (second / math.sqrt(quotient.correction2) + quotient.eps)
 
 
 def projected_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """``U @ basis`` (k, r): :func:`normalized_update` projected onto the rows' coordinates."""
-    update = normalized_update(
-        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
-    )
-    return update @ basis
+    return normalized_update(momentum, packed, basis, quotient) @ basis

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .reference import Quotient
 from .storage import read_rows, write_rows_
 
 # Upper limit of the extra memory of one call besides its result, whatever the shapes; tests measure it.
@@ -63,11 +64,7 @@ def _update_tiles(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields rows, columns and that tile of ``U`` (see :func:`reference.normalized_update`); valid until the next."""
     column_bytes = packed.shape[1] * momentum.element_size()
@@ -80,10 +77,11 @@ def _update_tiles(
     second_buffer, first_buffer = momentum.new_empty(2, tile)
     one = momentum.new_ones(())
     tiny = torch.finfo(momentum.dtype).tiny
+    limit = quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1
 
     for columns in column_tiles:
-        products = khatri_rao(basis[columns], 1 / correction2)
-        directions = basis[columns].T / correction1
+        products = khatri_rao(basis[columns], 1 / quotient.correction2)
+        directions = basis[columns].T / quotient.correction1
         for rows in row_tiles:
             shape = _length(rows), _length(columns)
             second = second_buffer[: shape[0] * shape[1]].view(shape)
@@ -94,10 +92,9 @@ def _update_tiles(
             # Fewer and cheaper passes than the definition; V = 0 ends in w so large that the quotient is 0.
             inverse_root = second.clamp_min_(tiny).rsqrt_()
             first.mul_(inverse_root)
-            if bound != math.inf:
-                limit = bound * math.sqrt(correction2) / correction1
+            if limit != math.inf:
                 first.clamp_(-limit, limit)
-            torch.add(one, inverse_root, alpha=eps, out=inverse_root)
+            torch.add(one, inverse_root, alpha=quotient.eps, out=inverse_root)
             yield rows, columns, first.div_(inverse_root)
         del products  # before the next ones are built
 
@@ -106,17 +103,11 @@ def normalized_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """AdamW's step ``U`` (k, l) on the full matrix. See :func:`reference.normalized_update`."""
     update = momentum.new_empty(momentum.shape[0], basis.shape[0])
-    for rows, columns, tile in _update_tiles(
-        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
-    ):
+    for rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
         update[rows, columns] = tile
     return update
 
@@ -125,17 +116,11 @@ def projected_update(
     momentum: Tensor,
     packed: Tensor,
     basis: Tensor,
-    *,
-    correction1: float,
-    correction2: float,
-    eps: float,
-    bound: float,
+    quotient: Quotient,
 ) -> Tensor:
     """``U @ basis`` (k, r) without ``U``. See :func:`reference.projected_update`."""
     projected = torch.zeros_like(momentum, memory_format=torch.contiguous_format)
-    for rows, columns, tile in _update_tiles(
-        momentum, packed, basis, correction1=correction1, correction2=correction2, eps=eps, bound=bound
-    ):
+    for rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
         projected[rows].addmm_(tile, basis[columns])
     return projected
 

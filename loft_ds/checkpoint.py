@@ -18,8 +18,6 @@ before. The folder must be one that all ranks see.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +39,7 @@ from .durable import (
     together,
     write_json,
 )
-from .factors import Factor, shape_of
+from .factors import shape_of
 from .optimizer import LoFTAdamW
 from .sharding import Layout
 
@@ -85,8 +83,8 @@ def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
     files = {name: digest for part in all_gather(written) for name, digest in part.items()}
     with together():
         if first_rank():
-            if engine is not None and _buffers(engine.module):
-                save_file(_buffers(engine.module), beside / "buffers.safetensors")
+            if engine is not None and (buffers := _buffers(engine.module)):
+                save_file(buffers, beside / "buffers.safetensors")
                 sync(beside / "buffers.safetensors")
                 files["buffers.safetensors"] = digest(beside / "buffers.safetensors")
             write_json(beside / "manifest.json", {**_manifest(optimizer, layout, engine), "files": files})
@@ -121,9 +119,10 @@ def load_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
         manifest = read_json(folder / "manifest.json")
         _compare(manifest, optimizer, folder)
         _verify(folder, manifest)
-        loaded = {name: _read(folder, manifest, layout, optimizer, name) for name in manifest["parameters"]}
-        buffers = _read_file(folder / "buffers.safetensors") if "buffers.safetensors" in manifest["files"] else {}
-    params = _parameters(optimizer)
+        files = _Files(folder)
+        loaded = {name: _read(files, manifest, layout, optimizer, name) for name in manifest["parameters"]}
+        buffers = files.all_of("buffers.safetensors") if "buffers.safetensors" in manifest["files"] else {}
+    params = optimizer.trainable.parameters
     optimizer.state.clear()
     for name, (values, state) in loaded.items():
         held, _ = layout.held(params[name])
@@ -164,23 +163,15 @@ def attached(target: DeepSpeedEngine | LoFTAdamW) -> tuple[LoFTAdamW, Layout, De
     return optimizer, layout, engine
 
 
-def _factors(optimizer: LoFTAdamW) -> dict[str, Factor]:
-    return {f.name: f for f in optimizer.trainable.factors}
-
-
-def _parameters(optimizer: LoFTAdamW) -> dict[str, nn.Parameter]:
-    return {f.name: f.param for f in optimizer.trainable.factors} | optimizer.trainable.others
-
-
 def _steps(optimizer: LoFTAdamW) -> int:
     return max((state["step"] for state in optimizer.state.values() if state), default=0)
 
 
 def _local_tensors(optimizer: LoFTAdamW, layout: Layout) -> dict[str, Tensor]:
     """What this rank writes, keyed ``name|kind``; a basis is written by the first rank that owns rows in it."""
-    factors = _factors(optimizer)
+    factors = optimizer.trainable.factor_by_name
     tensors = {}
-    for name, param in _parameters(optimizer).items():
+    for name, param in optimizer.trainable.parameters.items():
         tensors[f"{name}|values"] = layout.held(param)[0]
         state = optimizer.state.get(name, {})
         tensors.update({f"{name}|{kind}": state[kind] for kind in ROW_STATE + FLAT_STATE if kind in state})
@@ -198,9 +189,9 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _manifest(optimizer: LoFTAdamW, layout: Layout, engine: DeepSpeedEngine | None) -> dict[str, Any]:
-    factors = _factors(optimizer)
+    factors = optimizer.trainable.factor_by_name
     parameters = {}
-    for name, param in _parameters(optimizer).items():
+    for name, param in optimizer.trainable.parameters.items():
         state = optimizer.state.get(name, {})
         parameters[name] = {
             **_description(name, optimizer),
@@ -209,13 +200,12 @@ def _manifest(optimizer: LoFTAdamW, layout: Layout, engine: DeepSpeedEngine | No
             "held": layout.held(param)[1].tolist(),
             "rows": layout.row_bounds(factors[name]).tolist() if name in factors else None,
         }
-    names = {id(p): name for name, p in _parameters(optimizer).items()}
     groups = [
         {
-            "parameters": sorted(names[id(p)] for p in members),
+            "parameters": names,
             "settings": {k: v for k, v in group.items() if k != "params" and isinstance(v, int | float | tuple | list)},
         }
-        for group, members in zip(optimizer.param_groups, optimizer.group_members, strict=True)
+        for group, names in zip(optimizer.param_groups, _group_names(optimizer), strict=True)
     ]
     return {
         "format": FORMAT,
@@ -227,9 +217,15 @@ def _manifest(optimizer: LoFTAdamW, layout: Layout, engine: DeepSpeedEngine | No
     }
 
 
+def _group_names(optimizer: LoFTAdamW) -> list[list[str]]:
+    """The names of the parameters in each group, as the optimizer was built."""
+    names = {id(p): name for name, p in optimizer.trainable.parameters.items()}
+    return [sorted(names[id(p)] for p in group) for group in optimizer.group_members]
+
+
 def _description(name: str, optimizer: LoFTAdamW) -> dict[str, Any]:
     """What must be the same for a parameter's state to mean the same."""
-    factor, shape = _factors(optimizer).get(name), list(shape_of(_parameters(optimizer)[name]))
+    factor, shape = optimizer.trainable.factor_by_name.get(name), list(shape_of(optimizer.trainable.parameters[name]))
     if factor is None:
         return {"role": "other", "shape": shape}
     return {"role": factor.side, "shape": shape, "partner": factor.partner.name}
@@ -279,7 +275,7 @@ def _compare(manifest: dict[str, Any], optimizer: LoFTAdamW, folder: Path) -> No
     for key, value in optimizer.variant.items():
         if manifest["variant"].get(key) != value:
             raise CheckpointError(f"{file}: was saved with {key}={manifest['variant'].get(key)}, not {key}={value}")
-    saved, own = manifest["parameters"], _parameters(optimizer)
+    saved, own = manifest["parameters"], optimizer.trainable.parameters
     for name in own:
         if name not in saved:
             raise CheckpointError(f"{file}: has no {name}, which this model trains")
@@ -289,9 +285,7 @@ def _compare(manifest: dict[str, Any], optimizer: LoFTAdamW, folder: Path) -> No
         for key, value in _description(name, optimizer).items():
             if saved[name][key] != value:
                 raise CheckpointError(f"{file}: {name} has {key} {saved[name][key]}, in this model {value}")
-    names = {id(p): name for name, p in own.items()}
-    members = [sorted(names[id(p)] for p in group) for group in optimizer.group_members]
-    if [group["parameters"] for group in manifest["groups"]] != members:
+    if [group["parameters"] for group in manifest["groups"]] != _group_names(optimizer):
         raise CheckpointError(f"{file}: its parameters are in {len(manifest['groups'])} other groups than here")
 
 
@@ -307,16 +301,16 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read(
-    folder: Path, manifest: dict[str, Any], layout: Layout, optimizer: LoFTAdamW, name: str
+    files: _Files, manifest: dict[str, Any], layout: Layout, optimizer: LoFTAdamW, name: str
 ) -> tuple[Tensor, dict[str, Any]]:
     """This rank's part of one parameter: its master weights and its state."""
-    saved, param, factor = manifest["parameters"][name], _parameters(optimizer)[name], _factors(optimizer).get(name)
-    held, bounds = layout.held(param)
+    saved, factor = manifest["parameters"][name], optimizer.trainable.factor_by_name.get(name)
+    held, bounds = layout.held(optimizer.trainable.parameters[name])
     start, stop = int(bounds[layout.rank]), int(bounds[layout.rank + 1])
     world = manifest["world"]
 
     def part(kind: str, pieces: list[int], first: int, last: int) -> Tensor:
-        return _read_range(folder, world, f"{name}|{kind}", pieces, first, last).to(held.device)
+        return _read_range(files, world, f"{name}|{kind}", pieces, first, last).to(held.device)
 
     values = part("values", saved["held"], start, stop).view(-1)
     if not saved["state"]:
@@ -336,8 +330,8 @@ def _read(
             if kind == "second_moment" and optimizer.second_moment == "matrix":
                 width = factor.rank * (factor.rank + 1) // 2
             state[kind] = rows.view(stop - start, width)
-    with _opened(folder / _file_name(_first_owner(saved["rows"]), world)) as file:
-        state["basis"] = file.get_tensor(f"{name}|basis").to(held.device)
+    owner = _file_name(_first_owner(saved["rows"]), world)
+    state["basis"] = files.read(owner, f"{name}|basis", 0, factor.rank).to(held.device)
     return values, state
 
 
@@ -346,7 +340,7 @@ def _first_owner(row_bounds: list[int]) -> int:
     return next(rank for rank, stop in enumerate(row_bounds[1:]) if stop > 0)
 
 
-def _read_range(folder: Path, world: int, key: str, pieces: list[int], start: int, stop: int) -> Tensor:
+def _read_range(files: _Files, world: int, key: str, pieces: list[int], start: int, stop: int) -> Tensor:
     """``[start, stop)`` along the first dimension of a tensor of which rank q of ``world`` wrote
     ``[pieces[q], pieces[q + 1])``.
     """
@@ -354,23 +348,37 @@ def _read_range(folder: Path, world: int, key: str, pieces: list[int], start: in
     for rank in range(world):
         low, high = max(start, pieces[rank]), min(stop, pieces[rank + 1])
         if low < high:
-            with _opened(folder / _file_name(rank, world)) as file:
-                parts.append(file.get_slice(key)[low - pieces[rank] : high - pieces[rank]])
+            parts.append(files.read(_file_name(rank, world), key, low - pieces[rank], high - pieces[rank]))
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+class _Files:
+    """The safetensors files of a checkpoint, each opened once: opening one reads the names of all it holds."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: dict[str, Any] = {}
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    def _open(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = safe_open(self._folder / name, framework="pt")
+        return self._opened[name]
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """``[start, stop)`` along the first dimension of one tensor of a file."""
+        try:
+            part: Tensor = self._open(name).get_slice(key)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / name}: {error}") from error
+        return part
+
+    def all_of(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of a file."""
+        try:
+            file = self._open(name)
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / name}: {error}") from error
 
 
 def _file_name(rank: int, world: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
@@ -74,6 +75,16 @@ class Trainable:
     @property
     def factors(self) -> list[Factor]:
         return [factor for pair in self.pairs for factor in pair]
+
+    @cached_property
+    def factor_by_name(self) -> dict[str, Factor]:
+        """Both factors of every pair."""
+        return {factor.name: factor for factor in self.factors}
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained by name, factors first."""
+        return {factor.name: factor.param for factor in self.factors} | self.others
 
 
 def _pair_of(layer: LoraLayer, adapter: str, names: dict[nn.Parameter, str]) -> tuple[Factor, Factor] | str | None:

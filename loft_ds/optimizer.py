@@ -98,7 +98,7 @@ class LoFTAdamW(Optimizer):
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
-        trained = [f.param for f in self.trainable.factors] + list(self.trainable.others.values())
+        trained = list(self.trainable.parameters.values())
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(_groups(trained if params is None else params, trained), defaults)
         for group in self.param_groups:
@@ -147,8 +147,7 @@ class LoFTAdamW(Optimizer):
         Raises:
             ValueError: a state of other parameters, of another optimizer or of another variant of the method.
         """
-        known = {f.name for f in self.trainable.factors} | self.trainable.others.keys()
-        strange = [key for key, value in state_dict["state"].items() if value and key not in known]
+        strange = [k for k, value in state_dict["state"].items() if value and k not in self.trainable.parameters]
         if strange or state_dict.get("variant") != self.variant:
             raise ValueError(
                 f"this is no state of this optimizer: it is of {strange[:1] or state_dict.get('variant')}, not of "

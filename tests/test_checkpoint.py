@@ -261,6 +261,49 @@ def test_damage_is_an_error_on_every_rank(ranks, tmp_path):
         assert "rank-00001-of-00002.safetensors: is damaged" in said
 
 
+def running_statistics(rank, world, folder, load):
+    """A saved module with buffers of its own: its running mean after training and saving, or after loading."""
+    import deepspeed
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    config = {
+        "train_micro_batch_size_per_gpu": 12,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model), config=config)
+    said = None
+    if load:
+        try:
+            loft_ds.load_checkpoint(engine, folder)
+        except CheckpointError as error:
+            said = str(error)
+    else:
+        for step in range(3):
+            engine.backward(engine(batch(step)[0]).square().mean())
+            engine.step()
+        loft_ds.save_checkpoint(engine, folder)
+    (mean,) = (b.clone() for name, b in model.named_buffers() if name.endswith("modules_to_save.default.running_mean"))
+    engine.destroy()
+    return mean, said
+
+
+def test_buffers_come_back_or_their_damage_is_named(ranks, tmp_path):
+    ((mean, _),) = ranks(1)(running_statistics, tmp_path, False)
+    assert mean.any()
+    ((loaded, _),) = ranks(1)(running_statistics, tmp_path, True)
+    assert torch.equal(loaded, mean)
+    file = tmp_path / "global_step3" / "buffers.safetensors"
+    file.write_bytes(damaged(file.read_bytes(), "middle"))
+    ((untouched, said),) = ranks(1)(running_statistics, tmp_path, True)
+    assert "buffers.safetensors: is damaged" in said
+    assert not untouched.any()
+
+
 def refusals(rank, world, folder):
     try:
         run(rank, world, 2, 4, resume=folder)

@@ -157,8 +157,8 @@ def test_a_trainer_that_drops_loft_is_found_out(ranks, tmp_path):
     assert "optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed" in said
 
 
-def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False):
-    """A Trainer that saves every second step; with ``resume`` it goes on from the last whole checkpoint."""
+def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, every=2, bf16=False):
+    """A Trainer that saves every so many steps; with ``resume`` it goes on from the last whole checkpoint."""
     import os
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -167,8 +167,9 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False):
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": "auto"},
     }
-    kwargs = {"deepspeed": config, "save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+    kwargs = {"deepspeed": config, "save_strategy": "steps", "save_steps": every, "max_steps": steps, "bf16": bf16}
     if best:
         kwargs |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     # The schedule must not depend on where the first run stops.
@@ -185,12 +186,14 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False):
     return params, logged_norms(trainer), trainer.state.best_model_checkpoint, result.global_step
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_ordinary_resume_is_bitwise(ranks, stage, tmp_path):
-    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None)[0]
-    ranks(1)(interrupted, stage, tmp_path / "cut", None, steps=4)
+@pytest.mark.parametrize("first", [3, 4])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ordinary_resume_is_bitwise(ranks, stage, bf16, first, tmp_path):
+    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None, every=first, bf16=bf16)[0]
+    ranks(1)(interrupted, stage, tmp_path / "cut", None, steps=first, every=first, bf16=bf16)
     (tmp_path / "cut" / "checkpoint-6").mkdir()  # as a crash in the middle of a save would leave it
-    resumed, rest, _, _ = ranks(1)(interrupted, stage, tmp_path / "cut", True)[0]
+    resumed, rest, _, _ = ranks(1)(interrupted, stage, tmp_path / "cut", True, every=first, bf16=bf16)[0]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert rest == norms  # the log before the interruption comes back with the Trainer's state
 

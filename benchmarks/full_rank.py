@@ -9,15 +9,10 @@ inverse Gram matrices in float32, and with ``--official`` for a checkout of the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas
@@ -26,8 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from loft_ds import LoFTAdamW
+from provenance import RESULTS, provenance
 
-ROOT = Path(__file__).parent.parent
 BETAS = (0.9, 0.99)
 LR = 1e-3
 CONDITION = 30.0
@@ -142,21 +137,13 @@ def main() -> None:
             measured = sorted(distance(build, n, dtype, steps, seed) for seed in range(args.seeds))
             rows.append({"method": name, "n": n, "steps": steps, "median": measured[len(measured) // 2]})
             print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     facts = {
-        "command": shlex.join(
-            ["python", "benchmarks/full_rank.py", *(["--official", "PATH"] if args.official else [])]
-        ),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-        "device": f"cpu, {platform.machine()}, one thread",
-        "torch": torch.__version__,
+        **provenance(torch.device("cpu")),
         "seeds": args.seeds,
         "settings": {"betas": BETAS, "lr": LR, "condition of each factor": CONDITION},
     }
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "full_rank.json").write_text(
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "full_rank.json").write_text(
         json.dumps(
             {**facts, "rows": [{**r, "median": r["median"] if math.isfinite(r["median"]) else None} for r in rows]},
             indent=1,
@@ -175,7 +162,7 @@ def main() -> None:
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
     ]
-    (folder / "full_rank.md").write_text("\n".join(text) + "\n")
+    (RESULTS / "full_rank.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

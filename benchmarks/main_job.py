@@ -25,7 +25,8 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parent.parent
+from provenance import ROOT, commit_of, device_name
+
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SWEEP_AT = "zero2"
 SWEEP = {"loft": (1e-4, 2e-4, 4e-4, 8e-4), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
@@ -45,7 +46,7 @@ def launch(optimizer: str, config: str, learning_rate: float, steps: int, ranks:
         return json.loads(record.read_text())
     executable = str(Path(sys.executable).parent / "deepspeed")
     extra = ["--output_dir", str(folder), "--disable_tqdm", "True"]
-    commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    commit = commit_of(ROOT)
     subprocess.run([executable, *command[1:], *extra], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     history = json.loads((folder / "log_history.json").read_text())
     logged = [entry for entry in history if "loss" in entry]
@@ -62,16 +63,6 @@ def launch(optimizer: str, config: str, learning_rate: float, steps: int, ranks:
     }
     record.write_text(json.dumps(result))
     return result
-
-
-def machine() -> str:
-    """What the processes run on, in words."""
-    if torch.accelerator.is_available():
-        return f"{torch.accelerator.device_count()} x {torch.cuda.get_device_name()}"
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -127,7 +118,7 @@ def main() -> None:
     others = [run("loft", stage, best["loft"]["learning_rate"]) for stage in STAGES if stage != SWEEP_AT]
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
-        "machine": machine(),
+        "machine": device_name(),
         "python": platform.python_version(),
         "sweep": {
             name: [{key: one[key] for key in ("learning_rate", "eval_loss_after")} for one in sweep]

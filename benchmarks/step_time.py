@@ -16,17 +16,13 @@ Extra memory is the highest that torch's allocator stood above its level before 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import importlib
 import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +34,7 @@ import torch
 from torch import nn
 
 from loft_ds import LoFTAdamW
+from provenance import commit_of, provenance
 
 # The distinct linear layers (out, in) of each model.
 MODELS = {
@@ -250,38 +247,6 @@ def measure_training(rank: int, methods: list[str], device: torch.device, repeat
     return {"rank": rank, "tokens": tokens.numel(), "seconds": {n: statistics.median(s) for n, s in samples.items()}}
 
 
-def environment(device: torch.device, official: Path | None) -> dict[str, Any]:
-    """Where and how the numbers came about."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = f"{model[0].split(':')[1].strip() if model else platform.processor()}, {torch.get_num_threads()} threads"
-
-    def commit(path: Path) -> str | None:
-        done = subprocess.run(["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-
-    packages = ["torch", "triton", "peft", "transformers"]
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    return {
-        "device": name,
-        "dtype": "float32",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "benchmarks/step_time.py", *arguments]),
-        "commit": commit(Path(__file__).parent),
-        "official_commit": commit(official) if official else None,
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def show_time(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -412,7 +377,11 @@ def main() -> None:
     if arguments.quick:
         models, ranks, repeats, arguments.training_ranks = ["SmolLM2-135M"], [4, 16], 2, []
     data: dict[str, Any] = {
-        "environment": environment(device, arguments.official),
+        "environment": {
+            **provenance(device),
+            "dtype": "float32",
+            "official_commit": commit_of(arguments.official) if arguments.official else None,
+        },
         "cuda": device.type == "cuda",
         "cells": [],
         "training": [],

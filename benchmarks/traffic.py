@@ -10,13 +10,8 @@ sharding by rows needs, and the largest share of the state beside the mean.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas
@@ -27,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loft_ds.factors import Factor, find_trainable
 from loft_ds.sharding.exchange import Partition, plan_gather, plan_rows
+from provenance import RESULTS, provenance
 
-ROOT = Path(__file__).parent.parent
 MODELS = {
     "SmolLM2-135M": LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
@@ -114,16 +109,12 @@ def main() -> None:
                 for world in args.worlds:
                     rows.append({"model": name, "r": rank, **measure(factors, stage, world)})
                     print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     facts = {
-        "command": shlex.join(["python", "benchmarks/traffic.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
+        **provenance(),
         "device": "none: counted from the plans, not timed",
     }
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "traffic.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "traffic.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     text = [
         "# Bytes between ranks, and state a rank",
         "",
@@ -134,7 +125,7 @@ def main() -> None:
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
     ]
-    (folder / "traffic.md").write_text("\n".join(text) + "\n")
+    (RESULTS / "traffic.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

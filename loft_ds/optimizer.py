@@ -332,7 +332,8 @@ class LoFTAdamW(Optimizer):
                 broken = [f.partner.name for f, g in batch if not bool(g.isfinite().all())]
                 raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
             for (factor, _), basis in zip(batch, bases, strict=True):
-                self.state[factor.name]["basis"] = basis.clone()
+                # Contiguous, as a checkpoint gives it back: matrix products round by their operands' strides.
+                self.state[factor.name]["basis"] = basis.clone(memory_format=torch.contiguous_format)
 
         rotations = {}
         for factor, cross in products[len(fresh) :]:

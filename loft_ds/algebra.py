@@ -31,12 +31,12 @@ CHOLESKY_TOLERANCE = 1e-10
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` in float64, (r, r), of two row blocks (k, r).
+    """``left.T @ right`` in float64, (b, r, r), of two batches of row blocks (b, k, r).
 
     float64 because its eigenvalues are squared singular values: in float32 every direction of ``T``
     shorter than 3e-4 of the longest would be lost.
     """
-    return left.double().T @ right.double()
+    return left.double().mT @ right.double()
 
 
 def orthonormal_basis(grams: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _eigenbasis(grams: Tensor) -> Tensor:
 
 
 def unscaled_basis(basis: Tensor) -> Tensor:
-    """``C @ H`` (r, r) from ``H`` alone: ``G @ C @ H`` are the coordinates of an *unscaled* gradient ``G``.
+    """``C @ H`` (b, r, r) from ``H`` alone: ``G @ C @ H`` are the coordinates of an *unscaled* gradient ``G``.
 
     ``H.T @ C @ H`` is the identity on the directions that ``T`` has.
     """

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra, kernels
+from .batch import Batch, batches, own_copies
 from .factors import Factor, find_trainable, shape_of
-from .sharding import Layout, Rows, Slice, Whole, compute_dtype
+from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
 
 
@@ -260,25 +261,30 @@ class LoFTAdamW(Optimizer):
         moving = [
             f for f in share.rows if not self.alternate or (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")
         ]
+        moves = set(moving)
 
         rotations = self._turn_bases(share.rows, layout)
-        gradients = {f: self._scaled_gradient(f, rows) for f, rows in share.rows.items()}
-        coefficient = self._clip(share.rows, gradients, moving, share.others, layout)
-        moves = set(moving)
-        for factor, gradient in gradients.items():
-            gradient.mul_(coefficient.to(gradient.device))
-            self._accumulate(factor, gradient, rotations.get(factor), share.rows[factor], factor in moves)
+        scaled = {
+            batch: self._scaled_gradients(batch)
+            for batch in batches(share.rows, share.rows, self.state, lambda f: (f in moves, f in rotations))
+        }
+        coefficient = self._clip(scaled, moves, share, layout)
+        for batch in list(scaled):
+            gradients = scaled.pop(batch).mul_(coefficient.to(batch.device))
+            self._accumulate(batch, gradients, rotations, batch.factors[0] in moves)
 
         # Both factors are read as they were when the gradient was taken, so nothing moves before all is computed.
-        steps = {}
-        for factor, partner in self._partners(moving, share.rows, layout):
-            steps[factor] = self._full_step(factor, share.rows[factor], partner)
-        for factor in moving:
-            rows = share.rows[factor]
-            self.state[factor.name]["previous"] = rows.values * factor.scaling
-            if factor in steps:
-                lr, weight_decay = rows.group["lr"], rows.group["weight_decay"]
-                rows.values.mul_(1 - lr * weight_decay).sub_(steps.pop(factor), alpha=lr)
+        steps: dict[Factor, Tensor] = {}
+        for partners in self._partners(moving, share.rows, layout):
+            for batch in batches(partners, share.rows, self.state):
+                steps.update(zip(batch.factors, self._full_steps(batch, partners), strict=True))
+        for batch in batches(moving, share.rows, self.state):
+            values = [rows.values for rows in batch.rows]
+            for state, previous in zip(batch.states, torch._foreach_mul(values, batch.scaling), strict=True):
+                state["previous"] = previous
+            if not batch.is_empty:
+                torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
+                torch._foreach_add_(values, [steps.pop(f) for f in batch.factors], alpha=-batch.group["lr"])
         for part in share.others:
             self._adamw(part, coefficient)
         layout.write(moving)
@@ -309,62 +315,68 @@ class LoFTAdamW(Optimizer):
         # A pair that is all another rank's needs no basis here, and one that is all this rank's no other rank's sums.
         fresh = [f for f in fresh if len(rows[f].values) or not layout.in_one_place(f)]
         fresh.sort(key=layout.in_one_place)
-        turned = [f for f in fresh if "basis" in self.state[f.name]]
-        products = [(f, algebra.gram(rows[f.partner].values, rows[f.partner].values)) for f in fresh]
-        products += [(f, algebra.gram(self.state[f.partner.name]["previous"], rows[f.partner].values)) for f in turned]
+        turned = {f for f in fresh if "basis" in self.state[f.name]}
+        grams: dict[Factor, Tensor] = {}
+        crosses: dict[Factor, Tensor] = {}
+        for batch in batches([f.partner for f in fresh], rows, self.state, lambda partner: partner.partner in turned):
+            factors, values = [f.partner for f in batch.factors], batch.values()
+            grams.update(zip(factors, algebra.gram(values, values), strict=True))
+            if factors[0] in turned:
+                crosses.update(zip(factors, algebra.gram(batch.stacked("previous"), values), strict=True))
         for factor in rows:
             self.state[factor.name].pop("previous", None)
-        spread = [product for f, product in products if not layout.in_one_place(f)]
+        # A rank whose rows are all of a pair's knows its products; of the others every rank has a part of the sum.
+        spread = [f for f in fresh if not layout.in_one_place(f)]
         if spread:
-            summed = layout.all_reduce(torch.cat([product.reshape(-1) for product in spread]))
-            for product, total in zip(spread, summed.split([p.numel() for p in spread]), strict=True):
-                product.copy_(total.view_as(product))
-
-        batches: dict[tuple[int, torch.device], list[tuple[Factor, Tensor]]] = defaultdict(list)
-        for factor, product in products[: len(fresh)]:
-            batches[factor.rank, product.device].append((factor, factor.scaling**2 * product))
-        old = {f: self.state[f.name]["basis"] for f in turned}
-        for batch in batches.values():
-            grams = torch.stack([g for _, g in batch])
-            try:
-                bases = algebra.orthonormal_basis(grams)
-            except torch.linalg.LinAlgError as error:
-                broken = [f.partner.name for f, g in batch if not bool(g.isfinite().all())]
-                raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
-            for (factor, _), basis in zip(batch, bases, strict=True):
-                # Contiguous, as a checkpoint gives it back: matrix products round by their operands' strides.
-                self.state[factor.name]["basis"] = basis.clone(memory_format=torch.contiguous_format)
+            parts = [grams[f] for f in spread] + [crosses[f] for f in spread if f in turned]
+            summed = layout.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
+            for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
+                part.copy_(total.view_as(part))
 
         rotations = {}
-        for factor, cross in products[len(fresh) :]:
-            basis, dtype = self.state[factor.name]["basis"], rows[factor].values.dtype
-            calibrated = (old[factor].T @ (factor.scaling * cross) @ basis).to(dtype)
-            kept = (old[factor].T @ algebra.unscaled_basis(basis)).to(dtype)
-            rotations[factor] = (
-                calibrated if self.momentum_calibration else kept,
-                calibrated if self.second_moment_calibration else kept,
-            )
+        kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)
+        for f in fresh:
+            kinds[f.rank, grams[f].device, rows[f].values.dtype, f in turned].append(f)
+        for (_, device, dtype, turns), alike in kinds.items():
+            scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64, device=device)[:, None, None]
+            gram = scaling**2 * torch.stack([grams[f] for f in alike])
+            try:
+                basis = algebra.orthonormal_basis(gram)
+            except torch.linalg.LinAlgError as error:
+                broken = [f.partner.name for f, g in zip(alike, gram, strict=True) if not bool(g.isfinite().all())]
+                raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
+            if turns:
+                old = torch.stack([self.state[f.name]["basis"] for f in alike]).mT
+                cross = scaling * torch.stack([crosses[f] for f in alike])
+                calibrated = (old @ cross @ basis).to(dtype)
+                if self.momentum_calibration and self.second_moment_calibration:
+                    kept = calibrated
+                else:
+                    kept = (old @ algebra.unscaled_basis(basis)).to(dtype)
+                of_momentum = calibrated if self.momentum_calibration else kept
+                of_second_moment = calibrated if self.second_moment_calibration else kept
+                rotations.update(zip(alike, zip(of_momentum, of_second_moment, strict=True), strict=True))
+            for factor, own in zip(alike, own_copies(basis), strict=True):
+                self.state[factor.name]["basis"] = own
         return rotations
 
-    def _scaled_gradient(self, factor: Factor, rows: Rows) -> Tensor:
-        """The gradient of the rows (k_i, r) in orthonormal coordinates."""
-        if not len(rows.grad):
-            return rows.grad.clone()
-        basis = self.state[factor.name]["basis"]
-        return rows.grad @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(rows.grad.dtype)
+    def _scaled_gradients(self, batch: Batch) -> Tensor:
+        """The gradients of the rows (b, k, r) in orthonormal coordinates."""
+        gradients = batch.gradients()
+        if batch.is_empty:
+            return gradients
+        basis = batch.stacked("basis")
+        return gradients @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(batch.dtype)
 
-    def _clip(
-        self,
-        rows: dict[Factor, Rows],
-        gradients: dict[Factor, Tensor],
-        moving: Sequence[Factor],
-        others: Sequence[Slice],
-        layout: Layout,
-    ) -> Tensor:
+    def _clip(self, scaled: Mapping[Batch, Tensor], moves: Set[Factor], share: Share, layout: Layout) -> Tensor:
         """The clipping coefficient, a scalar. ``||g @ T.T||_F = ||g||_F`` in orthonormal coordinates."""
-        clipped = [gradients[f] for f in moving] if self.projected_clipping else [r.grad for r in rows.values()]
-        squares = [t.double().square().sum().to(clipped[0].device) for t in clipped + [part.grad for part in others]]
-        norm = layout.all_reduce(torch.stack(squares).sum()).sqrt()
+        if self.projected_clipping:
+            clipped = [gradients for batch, gradients in scaled.items() if batch.factors[0] in moves]
+        else:
+            clipped = [rows.grad for rows in share.rows.values()]
+        clipped += [part.grad for part in share.others]
+        norms = [norm.to(clipped[0].device) for norm in torch._foreach_norm(clipped, 2, dtype=torch.float64)]
+        norm = layout.all_reduce(torch.stack(norms).square().sum()).sqrt()
         if self._global_grad_norm.device != norm.device:  # the model was moved after construction
             self._global_grad_norm = self._global_grad_norm.to(norm.device)
         self._global_grad_norm.copy_(norm)
@@ -375,57 +387,64 @@ class LoFTAdamW(Optimizer):
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def _accumulate(
-        self, factor: Factor, gradient: Tensor, rotations: tuple[Tensor, Tensor] | None, rows: Rows, moves: bool
+        self, batch: Batch, gradients: Tensor, rotations: dict[Factor, tuple[Tensor, Tensor]], moves: bool
     ) -> None:
-        """Calibrate momentum and second moment, then add this step's gradient to both."""
-        state = self.state[factor.name]
-        beta1, beta2 = rows.group["betas"]
-        if rotations is not None:
-            state["momentum"] = state["momentum"] @ rotations[0]
-        state["momentum"].lerp_(gradient, 1 - beta1)
+        """Calibrate momentum and second moment, then add this step's gradients (b, k, r) to both."""
+        beta1, beta2 = batch.group["betas"]
+        turns = batch.factors[0] in rotations
+        if turns:
+            of_momentum, of_second_moment = (
+                torch.stack(turn) for turn in zip(*(rotations[f] for f in batch.factors), strict=True)
+            )
+            batch.store("momentum", (batch.stacked("momentum") @ of_momentum).lerp_(gradients, 1 - beta1))
+        else:
+            torch._foreach_lerp_(batch.each("momentum"), list(gradients.unbind()), 1 - beta1)
         if self.second_moment == "elementwise":
-            if len(gradient):
-                published = gradient @ state["basis"].T.to(gradient.dtype)
-                state["second_moment"].mul_(beta2).addcmul_(published, published, value=1 - beta2)
-        elif moves or rotations is not None or "pending" in state:
+            if not batch.is_empty:
+                published = list((gradients @ batch.stacked("basis").mT.to(batch.dtype)).unbind())
+                torch._foreach_mul_(batch.each("second_moment"), beta2)
+                torch._foreach_addcmul_(batch.each("second_moment"), published, published, value=1 - beta2)
+        elif moves or turns or batch.has("pending"):
             kernels.accumulate_second_moment_(
-                state["second_moment"],
-                gradient,
+                batch.each("second_moment"),
+                gradients,
                 beta2,
-                pending=state.pop("pending", None),
-                rotation=None if rotations is None else rotations[1],
-                seed=state["step"],
+                pending=batch.take("pending") if batch.has("pending") else None,
+                rotation=of_second_moment if turns else None,
+                seed=batch.step,
             )
         else:
-            state["pending"] = gradient  # one pass over the second moment a turn, not one a step
+            batch.store("pending", gradients)  # one pass over the second moment a turn, not one a step
 
     def _partners(
         self, moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
-    ) -> Iterable[tuple[Factor, Tensor | None]]:
-        """Each moving factor with its partner's whole rows (l, r), or None where the update does not need them."""
+    ) -> Iterable[dict[Factor, Tensor | None]]:
+        """Moving factors with their partners' whole rows (l, r), or None where the update does not need them."""
         if self.projected_update and self.second_moment == "matrix":
             yield from layout.gather(moving)
         else:
-            yield from ((f, None) for f in moving if len(rows[f].values))
+            yield {f: None for f in moving if len(rows[f].values)}
 
-    def _full_step(self, factor: Factor, rows: Rows, partner: Tensor | None) -> Tensor:
-        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k_i, r)."""
-        state, group, dtype = self.state[factor.name], rows.group, rows.values.dtype
-        (beta1, beta2), eps, t = group["betas"], group["eps"], state["step"]
-        basis = state["basis"]
+    def _full_steps(self, batch: Batch, partners: Mapping[Factor, Tensor | None]) -> Iterable[Tensor]:
+        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k, r) of each factor."""
+        (beta1, beta2), eps, t = batch.group["betas"], batch.group["eps"], batch.step
+        basis, momentum = batch.stacked("basis"), batch.stacked("momentum")
         correction1, correction2 = 1 - beta1**t, 1 - beta2**t
         if self.second_moment == "elementwise":
-            momentum = state["momentum"] @ basis.T.to(dtype)
-            return (momentum / correction1) / ((state["second_moment"] / correction2).sqrt_().add_(eps))
+            momentum = momentum @ basis.mT.to(batch.dtype)
+            steps = (momentum / correction1) / ((batch.stacked("second_moment") / correction2).sqrt_().add_(eps))
+            return batch.parts(steps)
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
-        moments = state["momentum"], state["second_moment"]
         quotient = kernels.Quotient(correction1, correction2, eps, bound)
-        if partner is None:
-            return kernels.normalized_update(*moments, basis.to(dtype), quotient)
-        # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
-        orthonormal = (partner.double() @ (factor.scaling * basis)).to(dtype)
-        return kernels.projected_update(*moments, orthonormal, quotient) @ basis.T.to(dtype)
+        packed, whole = batch.each("second_moment"), [partners[f] for f in batch.factors]
+        if whole[0] is None:
+            steps = kernels.normalized_update(momentum, packed, basis.to(batch.dtype), quotient)
+        else:
+            # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
+            orthonormal = (torch.stack(whole).double() @ (batch.scaling * basis)).to(batch.dtype)
+            steps = kernels.projected_update(momentum, packed, orthonormal, quotient) @ basis.mT.to(batch.dtype)
+        return batch.parts(steps)
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]

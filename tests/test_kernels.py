@@ -1,13 +1,16 @@
 """Every path of the kernels against the reference in float64, on fresh random input."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from loft_ds import kernels
@@ -53,6 +56,17 @@ def strided(tensor: Tensor) -> Tensor:
     return view
 
 
+def alone(function: Callable[..., Tensor | None]) -> Callable[..., Any]:
+    """A function of a batch of pairs as one of a single pair."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda t: t[None], (args, kwargs))
+        result = function(*args, **kwargs)
+        return None if result is None else result[0]
+
+    return call
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Errors are measured against the largest entry: sums of many terms have no better entrywise bound."""
     assert actual.shape == expected.shape
@@ -70,27 +84,30 @@ MOMENT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 @pytest.mark.parametrize("name", ["projected_update", "normalized_update"])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_update(name: str, rank: int, dtype: torch.dtype) -> None:
+def test_update(name: str, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one pair, and of three together, of which two fit in a tile."""
+    monkeypatch.setattr(tiled, "TILE_ROWS", 150)
     for seed, (k, n) in enumerate(SHAPES):
-        momentum, packed = moments(k, rank, seed)
-        basis = rows(n, rank, 100 + seed)
-        expected = getattr(reference, name)(momentum, packed, basis, QUOTIENT)
-        given = [t.to(dtype) for t in (momentum, packed, basis)]
-        actual = getattr(kernels, name)(*given, QUOTIENT)
-        assert actual.dtype == dtype
-        assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
-        assert_close(getattr(kernels, name)(*map(strided, given), QUOTIENT), expected, UPDATE_TOLERANCE[dtype])
+        pairs = [(*moments(k, rank, 10 * seed + i), rows(n, rank, 100 + 10 * seed + i)) for i in range(3)]
+        expected = [getattr(reference, name)(*pair, QUOTIENT) for pair in pairs]
+        for layout in (torch.Tensor.contiguous, strided):
+            given = [tuple(layout(t.to(dtype)) for t in pair) for pair in pairs]
+            for count in (1, 3):
+                momentum, packed, basis = zip(*given[:count], strict=True)
+                actual = getattr(kernels, name)(torch.stack(momentum), packed, torch.stack(basis), QUOTIENT)
+                assert actual.dtype == dtype
+                assert_close(actual, torch.stack(expected[:count]), UPDATE_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("k", "n", "rank"), [(2500, 1100, 4), (1030, 600, 16), (30, 515, 128), (3, 5, 128)])
 def test_update_across_tiles(k: int, n: int, rank: int) -> None:
     momentum, packed = moments(k, rank, seed=k)
     basis = rows(n, rank, seed=n)
-    expected = tiled.projected_update(momentum, packed, basis, QUOTIENT)
+    expected = alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT)
     some = torch.arange(0, k, max(1, k // 40))
     assert_close(expected[some], reference.projected_update(momentum[some], packed[some], basis, QUOTIENT), 1e-13)
     assert_close(
-        tiled.projected_update(momentum.float(), packed.float(), basis.float(), QUOTIENT),
+        alone(tiled.projected_update)(momentum.float(), packed.float(), basis.float(), QUOTIENT),
         expected,
         UPDATE_TOLERANCE[torch.float32],
     )
@@ -104,7 +121,7 @@ def test_bound(bound: float, dtype: torch.dtype) -> None:
     basis = rows(40, 6, seed=2)
     quotient = replace(QUOTIENT, bound=bound)
     expected = reference.projected_update(momentum, packed, basis, quotient)
-    actual = tiled.projected_update(momentum.to(dtype), packed.to(dtype), basis.to(dtype), quotient)
+    actual = alone(tiled.projected_update)(momentum.to(dtype), packed.to(dtype), basis.to(dtype), quotient)
     assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
 
 
@@ -114,13 +131,13 @@ def test_vanishing_second_moment_gives_no_update(dtype: torch.dtype) -> None:
     momentum = torch.ones(3, 2, dtype=dtype)
     packed = torch.tensor([[0.0, 0, 0], [-1e-9, 0, -1e-9], [1.0, -1, 1]], dtype=dtype)
     basis = torch.ones(4, 2, dtype=dtype)
-    assert tiled.projected_update(momentum, packed, basis, QUOTIENT).abs().max() < 1e-6
+    assert alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT).abs().max() < 1e-6
 
 
 def test_nan_is_not_hidden() -> None:
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = math.nan
-    update = tiled.projected_update(momentum, packed, rows(5, 3, seed=2), QUOTIENT)
+    update = alone(tiled.projected_update)(momentum, packed, rows(5, 3, seed=2), QUOTIENT)
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -129,9 +146,9 @@ def test_first_step_follows_the_sign() -> None:
     """After one gradient |M| = sqrt(V) after bias correction: AdamW's first step is the sign of the gradient."""
     gradient, basis = rows(200, 8, seed=3).float(), rows(100, 8, seed=4).float()
     packed = torch.zeros(200, 36)
-    kernels.accumulate_second_moment_(packed, gradient, BETA2)
+    alone(kernels.accumulate_second_moment_)(packed, gradient, BETA2)
     quotient = replace(QUOTIENT, correction1=1 - BETA1, correction2=1 - BETA2, eps=1e-12)
-    update = tiled.normalized_update((1 - BETA1) * gradient, packed, basis, quotient)
+    update = alone(tiled.normalized_update)((1 - BETA1) * gradient, packed, basis, quotient)
     product = gradient @ basis.T
     clear = product.abs() > 1e-2 * product.abs().max()  # elsewhere V is a rounding error, and the clamp's business
     torch.testing.assert_close(update[clear], product.sign()[clear], rtol=0, atol=2e-2)
@@ -141,22 +158,28 @@ def test_first_step_follows_the_sign() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_accumulate(rank: int, dtype: torch.dtype, pending: bool, rotated: bool) -> None:
+def test_accumulate(
+    rank: int, dtype: torch.dtype, pending: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one pair, and of three together, of which two fit in a tile."""
+    monkeypatch.setattr(tiled, "TILE_ROWS", 80)
     for seed, k in enumerate([0, 1, 37, 300]):
-        _, packed = moments(k, rank, seed)
-        gradient, resting = rows(k, rank, 200 + seed), rows(k, rank, 300 + seed)
-        arguments = {
-            "pending": resting if pending else None,
-            "rotation": contraction(rank, seed) if rotated else None,
-        }
-        expected = packed.clone()
-        reference.accumulate_second_moment_(expected, gradient, BETA2, **arguments)
-        for layout in (torch.Tensor.contiguous, strided):
-            cast = {key: None if t is None else layout(t.to(dtype)) for key, t in arguments.items()}
-            actual = layout(packed.to(dtype).clone())
-            kernels.accumulate_second_moment_(actual, layout(gradient.to(dtype)), BETA2, **cast)
-            assert actual.dtype == dtype
-            assert_close(actual, expected, MOMENT_TOLERANCE[dtype])
+        pairs = []
+        for i in range(3):
+            packed, gradient = moments(k, rank, 10 * seed + i)[1], rows(k, rank, 200 + 10 * seed + i)
+            optional = {"pending": rows(k, rank, 300 + seed + i)} if pending else {}
+            optional |= {"rotation": contraction(rank, 10 * seed + i)} if rotated else {}
+            pairs.append((packed, gradient, optional))
+        for layout, count in itertools.product((torch.Tensor.contiguous, strided), (1, 3)):
+            actual = [layout(packed.to(dtype).clone()) for packed, _, _ in pairs[:count]]
+            gradients = torch.stack([gradient.to(dtype) for _, gradient, _ in pairs[:count]])
+            optional = {key: torch.stack([o[key].to(dtype) for _, _, o in pairs[:count]]) for key in pairs[0][2]}
+            kernels.accumulate_second_moment_(actual, gradients, BETA2, **optional)
+            for result, (packed, gradient, own) in zip(actual, pairs, strict=False):
+                expected = packed.clone()
+                reference.accumulate_second_moment_(expected, gradient, BETA2, **own)
+                assert result.dtype == dtype
+                assert_close(result, expected, MOMENT_TOLERANCE[dtype])
 
 
 def test_accumulate_across_tiles() -> None:
@@ -164,7 +187,7 @@ def test_accumulate_across_tiles() -> None:
     gradient, pending, rotation = rows(2100, 20, 6), rows(2100, 20, 7), contraction(20, 8)
     expected = packed.clone()
     reference.accumulate_second_moment_(expected, gradient, BETA2, pending=pending, rotation=rotation)
-    tiled.accumulate_second_moment_(packed, gradient, BETA2, pending=pending, rotation=rotation)
+    alone(tiled.accumulate_second_moment_)(packed, gradient, BETA2, pending=pending, rotation=rotation)
     assert_close(packed, expected, MOMENT_TOLERANCE[torch.float64])
 
 
@@ -173,14 +196,14 @@ def test_bfloat16_is_only_storage() -> None:
     momentum, packed = moments(300, 16, seed=1)
     stored, basis = packed.bfloat16(), rows(200, 16, seed=2)
     expected = reference.projected_update(momentum, stored.double(), basis, QUOTIENT)
-    actual = kernels.projected_update(momentum.float(), stored, basis.float(), QUOTIENT)
+    actual = alone(kernels.projected_update)(momentum.float(), stored, basis.float(), QUOTIENT)
     assert_close(actual, expected, UPDATE_TOLERANCE[torch.float32])
 
     gradient, pending, rotation = rows(300, 16, 3), rows(300, 16, 4), contraction(16, 5)
     expected = stored.double()
     reference.accumulate_second_moment_(expected, gradient, BETA2, pending=pending, rotation=rotation)
     cast = {"pending": pending.float(), "rotation": rotation.float()}
-    kernels.accumulate_second_moment_(stored, gradient.float(), BETA2, **cast)
+    alone(kernels.accumulate_second_moment_)(stored, gradient.float(), BETA2, **cast)
     assert stored.dtype == torch.bfloat16
     assert_close(stored, expected, 2**-7)  # one unit in the last of 8 bits
 
@@ -212,10 +235,10 @@ def test_bfloat16_does_not_stall() -> None:
     generator = torch.Generator().manual_seed(1)
     for seed in range(1500):
         gradient = torch.randn(500, 2, generator=generator)
-        kernels.accumulate_second_moment_(stored, gradient, 0.999, seed=seed)
-        kernels.accumulate_second_moment_(exact, gradient, 0.999)
+        alone(kernels.accumulate_second_moment_)(stored, gradient, 0.999, seed=seed)
+        alone(kernels.accumulate_second_moment_)(exact, gradient, 0.999)
         nearest = stalled.float()
-        kernels.accumulate_second_moment_(nearest, gradient, 0.999)
+        alone(kernels.accumulate_second_moment_)(nearest, gradient, 0.999)
         stalled.copy_(nearest)
     diagonal = exact[:, [0, 2]].mean()
     assert abs(stored.float()[:, [0, 2]].mean() / diagonal - 1) < 0.01
@@ -249,12 +272,12 @@ def test_extra_memory(stored: torch.dtype, k: int, n: int, rank: int) -> None:
     packed = torch.ones(k, rank * (rank + 1) // 2, dtype=stored)
     momentum, basis = torch.ones(k, rank, dtype=dtype), torch.ones(n, rank, dtype=dtype)
     with Allocations() as allocations:
-        result = tiled.projected_update(momentum, packed, basis, QUOTIENT)
+        result = alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT)
     assert 0 < allocations.peak - result.nbytes <= tiled.WORKSPACE_BYTES
     if k * n * rank > 1e8:
         assert allocations.peak < k * n * rank  # let alone that many numbers
     with Allocations() as allocations:
-        tiled.accumulate_second_moment_(
+        alone(tiled.accumulate_second_moment_)(
             packed, momentum, BETA2, pending=momentum, rotation=torch.eye(rank, dtype=dtype)
         )
     assert 0 < allocations.peak <= tiled.WORKSPACE_BYTES

@@ -18,6 +18,7 @@ from test_kernels import (
     RANKS,
     SHAPES,
     UPDATE_TOLERANCE,
+    alone,
     assert_close,
     contraction,
     moments,
@@ -57,8 +58,33 @@ def test_projected_update(rank: int, stored: torch.dtype) -> None:
         expected = reference.projected_update(momentum, packed.double(), basis, QUOTIENT)
         given = [momentum.float().to(DEVICE), packed.to(DEVICE), basis.float().to(DEVICE)]
         for arguments in (given, [strided(t) for t in given]):
-            actual = fused.projected_update(*arguments, QUOTIENT)
+            actual = alone(fused.projected_update)(*arguments, QUOTIENT)
             assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("rank", [3, 16])
+def test_a_batch_is_its_pairs(rank: int) -> None:
+    """Three pairs in one launch, their second moments scattered, one of them where no vector load may begin."""
+    from loft_ds.kernels import fused
+
+    pairs = [(*(t.float() for t in moments(37, rank, seed)), rows(70, rank, 50 + seed).float()) for seed in range(3)]
+    momentum, basis = (torch.stack([pair[i] for pair in pairs]).to(DEVICE) for i in (0, 2))
+    gradient, pending = (torch.stack([rows(37, rank, s + i) for i in range(3)]).float().to(DEVICE) for s in (60, 70))
+    rotation = torch.stack([contraction(rank, 80 + i) for i in range(3)]).float().to(DEVICE)
+    packed = [pair[1].to(DEVICE, copy=True) for pair in pairs]
+    packed[1] = torch.cat([packed[1].new_zeros(1), packed[1].flatten()])[1:].view_as(packed[1])
+    singles = [each.clone() for each in packed]
+
+    fused.accumulate_second_moment_(packed, gradient, BETA2, pending=pending, rotation=rotation)
+    update = fused.projected_update(momentum, packed, basis, QUOTIENT)
+    for i, single in enumerate(singles):
+        expected = single.double()
+        optional = {"pending": pending[i].double(), "rotation": rotation[i].double()}
+        reference.accumulate_second_moment_(expected, gradient[i].double(), BETA2, **optional)
+        assert_close(packed[i].cpu(), expected.cpu(), MOMENT_TOLERANCE[torch.float32])
+        expected = reference.projected_update(momentum[i].double(), packed[i].double(), basis[i].double(), QUOTIENT)
+        assert_close(update[i].cpu(), expected.cpu(), UPDATE_TOLERANCE[torch.float32])
 
 
 @needs_kernels
@@ -70,7 +96,7 @@ def test_bound(bound: float) -> None:
     basis = rows(40, 6, seed=2)
     quotient = replace(QUOTIENT, bound=bound)
     expected = reference.projected_update(momentum, packed, basis, quotient)
-    actual = fused.projected_update(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), quotient)
+    actual = alone(fused.projected_update)(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), quotient)
     assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
@@ -81,7 +107,7 @@ def test_nan_is_not_hidden() -> None:
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = float("nan")
     given = (t.float().to(DEVICE) for t in (momentum, packed, rows(5, 3, seed=2)))
-    update = fused.projected_update(*given, QUOTIENT)
+    update = alone(fused.projected_update)(*given, QUOTIENT)
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -104,7 +130,7 @@ def test_accumulate(rank: int, stored: torch.dtype, pending: bool, rotated: bool
         reference.accumulate_second_moment_(expected, gradient, BETA2, **optional)
         cast = {key: None if t is None else t.float().to(DEVICE) for key, t in optional.items()}
         for actual in (packed.to(DEVICE, copy=True), strided(packed.to(DEVICE))):
-            fused.accumulate_second_moment_(actual, gradient.float().to(DEVICE), BETA2, seed=seed, **cast)
+            alone(fused.accumulate_second_moment_)(actual, gradient.float().to(DEVICE), BETA2, seed=seed, **cast)
             # One unit in the last of bfloat16's 8 bits.
             tolerance = MOMENT_TOLERANCE[torch.float32] if stored == torch.float32 else 2**-7
             assert_close(actual.cpu(), expected, tolerance)
@@ -118,18 +144,19 @@ def test_stochastic_rounding_is_that_of_plain_torch() -> None:
     stored = packed.bfloat16().to(DEVICE)
     plain = stored.clone()
     # Without gradient and rotation both compute the very same float32 numbers.
-    fused.accumulate_second_moment_(stored, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
-    tiled.accumulate_second_moment_(plain, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
+    alone(fused.accumulate_second_moment_)(stored, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
+    alone(tiled.accumulate_second_moment_)(plain, torch.zeros(30, 8, device=DEVICE), BETA2, seed=7)
     assert torch.equal(stored, plain)
     assert torch.equal(plain, storage.round_stochastically(BETA2 * packed.bfloat16().float(), 7).to(DEVICE))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("rank", "stored"), [(1, "*fp32"), (17, "*bf16"), (64, "*fp32"), (128, "*fp32")])
+@pytest.mark.parametrize(("rank", "stored"), [(1, "float32"), (17, "bfloat16"), (64, "float32"), (128, "float32")])
 def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
     """To machine code, with no GPU at hand; a Hopper must come out with its tensor cores and its shared memory."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -137,9 +164,10 @@ def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
 
     pointers = dict.fromkeys(("momentum", "basis_t", "out", "gradient", "pending", "rotation"), "*fp32")
     integers = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
-    types = {"packed": stored, "triangle": "*i32", **pointers, **integers}
+    types = {"table": "*i64", "triangle": "*i32", **pointers, **integers}
     constants = {
-        "packed_is_float": stored == "*fp32",
+        "STORED": getattr(tl, stored),
+        "ALIGNED": True,
         "RANK": rank,
         "PADDED": fused._padded(rank),
         "PART": min(32, fused._padded(rank)),

@@ -1,9 +1,10 @@
-"""The two passes over the second moment: the reference, tiled torch, and fused for CUDA."""
+"""The two passes over the second moments of a batch of pairs alike: tiled torch, and fused for CUDA."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -26,23 +27,23 @@ def _fused() -> ModuleType | None:
     return fused
 
 
-def _implementation(factor: Tensor, packed: Tensor) -> ModuleType:
+def _implementation(factor: Tensor, packed: Sequence[Tensor]) -> ModuleType:
     fused = _fused() if factor.is_cuda else None
-    return fused if fused is not None and fused.supports(factor, packed) else tiled
+    return fused if fused is not None and fused.supports(factor, packed[0]) else tiled
 
 
 def projected_update(
     momentum: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     basis: Tensor,
     quotient: Quotient,
 ) -> Tensor:
-    """``U @ basis`` (k, r) by the fastest kernel for these tensors. See :func:`reference.projected_update`."""
+    """``U @ basis`` (b, k, r) by the fastest kernel for these tensors: :func:`tiled.projected_update`."""
     return _implementation(momentum, packed).projected_update(momentum, packed, basis, quotient)
 
 
 def accumulate_second_moment_(
-    packed: Tensor,
+    packed: Sequence[Tensor],
     gradient: Tensor,
     beta2: float,
     *,

@@ -3,7 +3,8 @@
 :func:`projected_update` has the structure of flash attention. A program owns a tile of rows ``[P_i, M_i]``, the
 queries, and streams over the rows ``q_j`` of the basis: from them it builds a tile of Khatri-Rao products, the keys,
 block by block along the packed triangle, accumulates ``V`` and ``M``, divides, and multiplies back with ``q_j``, the
-values. An elementwise function stands where attention has its softmax, so no running maximum is needed.
+values. An elementwise function stands where attention has its softmax, so no running maximum is needed. The pairs of a
+batch are the heads: one launch for all. Their second moments are found through a table of addresses, where they are.
 
 float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the oracle). The choice
 of the autotuner changes which program does a row, never the order of a sum: results do not depend on it.
@@ -14,6 +15,8 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -41,14 +44,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _CONFIGS = [triton.Config({"ROWS": 16})]  # nothing to measure; small, so that tests cross tile borders
 
 
-@triton.autotune(_CONFIGS, key=["RANK", "packed_is_float"])
+@triton.jit
+def _packed_of(table, pair, STORED: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The second moments of one pair of the batch."""
+    packed = tl.load(table + pair).to(tl.pointer_type(STORED))
+    if ALIGNED:
+        packed = tl.multiple_of(packed, 16)
+    return packed
+
+
+@triton.autotune(_CONFIGS, key=["RANK", "STORED"])
 @triton.jit
 def _projected_update_kernel(  # type: ignore[no-untyped-def]
-    momentum,  # (k, RANK), contiguous
-    packed,  # (k, RANK (RANK + 1) / 2), contiguous
-    basis_t,  # (RANK, l), contiguous
+    momentum,  # (b, k, RANK), contiguous
+    table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
+    basis_t,  # (b, RANK, l), contiguous
     triangle,  # int32 (2, RANK (RANK + 1) / 2): row and column of every packed entry
-    out,  # (splits, k, RANK), contiguous
+    out,  # (splits, b, k, RANK), contiguous
     k,
     width,  # l, how many rows the basis has
     columns_a_split,
@@ -56,7 +68,8 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     inverse_correction2,
     eps,
     limit,
-    packed_is_float: tl.constexpr,
+    STORED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -65,8 +78,12 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out[split, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
+    """``out[split, pair, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
+    pair = tl.program_id(2).to(tl.int64)
+    packed = _packed_of(table, pair, STORED, ALIGNED)
+    momentum += pair * k * RANK
+    basis_t += pair * width * RANK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_rows = rows[:, None] < k
@@ -110,7 +127,7 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
         loaded = in_columns[:, None] & in_rank[None, :]
         q = tl.load(basis_t + features[None, :] * width + columns[:, None], mask=loaded, other=0.0)
         total = tl.dot(quotient, q, acc=total, input_precision=PRECISION)
-    target = out + (split.to(tl.int64) * k + wide_rows) * RANK + features[None, :]
+    target = out + ((split * tl.num_programs(2) + pair) * k + wide_rows) * RANK + features[None, :]
     tl.store(target, total, mask=in_rows & in_rank[None, :])
 
 
@@ -131,16 +148,19 @@ def _round_stochastically(values, seed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
-    packed,  # (k, RANK (RANK + 1) / 2), contiguous
-    gradient,  # (k, RANK), contiguous
-    pending,  # (k, RANK), contiguous, already rotated
-    rotation,  # (RANK, RANK), contiguous
+    table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
+    gradient,  # (b, k, RANK), contiguous
+    pending,  # (b, k, RANK), contiguous, already rotated
+    rotation,  # (b, RANK, RANK), contiguous
+    k,
     decay,
     gradient_weight,
     pending_weight,
     seed,
     HAS_PENDING: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
+    STORED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -148,6 +168,11 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     """One row: unpack, rotate, decay, add the outer products, pack."""
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
     row = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
+    packed = _packed_of(table, pair, STORED, ALIGNED)
+    gradient += pair * k * RANK
+    pending += pair * k * RANK
+    rotation += pair * RANK * RANK
     features = tl.arange(0, PADDED)
     in_rank = features < RANK
     i, j = features[:, None], features[None, :]
@@ -166,7 +191,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
         full += pending_weight * h[:, None] * h[None, :]
     # The load reads every entry off the diagonal twice, from threads that may not be the one that writes it.
     tl.debug_barrier()
-    if packed.dtype.element_ty == tl.bfloat16:
+    if STORED == tl.bfloat16:
         tl.store(place, _round_stochastically(full, seed), mask=inside & (i <= j))
     else:
         tl.store(place, full, mask=inside & (i <= j))
@@ -198,6 +223,17 @@ def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def _stored(packed: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Contiguous second moments, the table of their addresses, and what the kernels are compiled for."""
+    laid = [each.contiguous() for each in packed]
+    places = [each.data_ptr() for each in laid]
+    constants = {
+        "STORED": tl.float32 if laid[0].dtype == torch.float32 else tl.bfloat16,
+        "ALIGNED": all(place % 16 == 0 for place in places),
+    }
+    return laid, torch.tensor(places, dtype=torch.int64, device=laid[0].device), constants
+
+
 def supports(momentum: Tensor, packed: Tensor) -> bool:
     """Whether these kernels take tensors of these dtypes."""
     return momentum.dtype == torch.float32 and packed.dtype in (torch.float32, torch.bfloat16)
@@ -205,25 +241,26 @@ def supports(momentum: Tensor, packed: Tensor) -> bool:
 
 def projected_update(
     momentum: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     basis: Tensor,
     quotient: Quotient,
 ) -> Tensor:
-    """``U @ basis`` (k, r) without ``U``. See :func:`reference.projected_update`."""
-    (k, rank), width = momentum.shape, basis.shape[0]
+    """``U @ basis`` (b, k, r) without ``U``. See :func:`tiled.projected_update`."""
+    (count, k, rank), width = momentum.shape, basis.shape[1]
     if not k or not width:
-        return momentum.new_zeros(k, rank)
+        return momentum.new_zeros(count, k, rank)
     columns = 64 if rank <= 64 else 32  # as wide as the sums fit in registers on sm_90
     # Few rows leave processors idle: then several programs share a tile of rows, each with a part of the columns.
     # Partial sums are added in a fixed order, so that a run can be repeated bit by bit.
-    wanted = triton.cdiv(2 * _processors(momentum.device), triton.cdiv(k, 64))
+    wanted = triton.cdiv(2 * _processors(momentum.device), count * triton.cdiv(k, 64))
     columns_a_split = triton.cdiv(triton.cdiv(width, columns), wanted) * columns
     splits = triton.cdiv(width, columns_a_split)
-    out = momentum.new_empty(splits, k, rank)
-    _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits)](
+    out = momentum.new_empty(splits, count, k, rank)
+    laid, table, constants = _stored(packed)
+    _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits, count)](
         momentum.contiguous(),
-        packed.contiguous(),
-        basis.T.contiguous(),
+        table,
+        basis.mT.contiguous(),
         _triangle(rank, momentum.device),
         out,
         k,
@@ -233,7 +270,7 @@ def projected_update(
         1 / quotient.correction2,
         quotient.eps,
         quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1,
-        packed_is_float=packed.dtype == torch.float32,
+        **constants,
         RANK=rank,
         PADDED=_padded(rank),
         COLUMNS=columns,
@@ -245,7 +282,7 @@ def projected_update(
 
 
 def accumulate_second_moment_(
-    packed: Tensor,
+    packed: Sequence[Tensor],
     gradient: Tensor,
     beta2: float,
     *,
@@ -254,7 +291,7 @@ def accumulate_second_moment_(
     seed: int = 0,
 ) -> None:
     """One pass over the second moments, in place. See :func:`tiled.accumulate_second_moment_`."""
-    k, rank = gradient.shape
+    count, k, rank = gradient.shape
     if not k:
         return
     if rank > LARGEST_ACCUMULATED_RANK:
@@ -263,22 +300,25 @@ def accumulate_second_moment_(
     gradient = gradient.contiguous()
     if pending is not None:
         pending = (pending if rotation is None else pending @ rotation).contiguous()
-    target = packed.contiguous()
-    _accumulate_kernel[(k,)](
-        target,
+    laid, table, constants = _stored(packed)
+    _accumulate_kernel[(k, count)](
+        table,
         gradient,
         gradient if pending is None else pending,
         gradient if rotation is None else rotation.contiguous(),
+        k,
         beta2 if pending is None else beta2**2,
         1 - beta2,
         beta2 * (1 - beta2),
         seed_word(seed),
         HAS_PENDING=pending is not None,
         HAS_ROTATION=rotation is not None,
+        **constants,
         RANK=rank,
         PADDED=_padded(rank),
         PRECISION=_precision(gradient.device),
         num_warps=4 if rank > 32 else 1,
     )
-    if target is not packed:
-        packed.copy_(target)
+    for target, source in zip(packed, laid, strict=True):
+        if target is not source:
+            target.copy_(source)

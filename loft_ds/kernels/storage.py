@@ -10,6 +10,8 @@ the same on every device and however the rows are split over ranks, and nobody's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,15 +42,16 @@ def round_stochastically(values: Tensor, seed: int) -> Tensor:
     return torch.where(values.isfinite(), rounded.view(torch.float32), values).to(torch.bfloat16)
 
 
-def read_rows(packed: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of the second moment in ``dtype``: a view where they are stored in it, a copy elsewhere."""
-    return packed[rows].to(dtype)
+def read_rows(packed: Sequence[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of b second moments (b, rows, p) in ``dtype``: a view of a single one stored in it, a copy elsewhere."""
+    parts = [each[rows] for each in packed]
+    return (parts[0][None] if len(parts) == 1 else torch.stack(parts)).to(dtype)
 
 
-def write_rows_(packed: Tensor, rows: slice, values: Tensor, seed: int) -> None:
-    """Put rows of the second moment back. ``values`` may be the view that :func:`read_rows` gave."""
-    if values.dtype == packed.dtype:
-        if values.data_ptr() != packed[rows].data_ptr():
-            packed[rows] = values
-    else:
-        packed[rows] = round_stochastically(values.float(), seed)
+def write_rows_(packed: Sequence[Tensor], rows: slice, values: Tensor, seed: int) -> None:
+    """Put rows (b, rows, p) back. ``values`` may be the view that :func:`read_rows` gave."""
+    parts = [each[rows] for each in packed]
+    if values.dtype != parts[0].dtype:
+        values = round_stochastically(values.float(), seed)
+    if values.data_ptr() != parts[0].data_ptr():
+        torch._foreach_copy_(parts, list(values.unbind()))

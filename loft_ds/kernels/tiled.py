@@ -9,8 +9,9 @@ that the extra memory never exceeds :data:`WORKSPACE_BYTES` and a tile is still 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,41 +54,48 @@ def _length(part: slice) -> int:
 
 
 def khatri_rao(basis: Tensor, scale: float = 1.0) -> Tensor:
-    """All ``q_js * q_jt``, s <= t, doubled off the diagonal, (p, l): ``packed`` times them is ``V``, here scaled."""
-    i, j = _triangle(basis.shape[1], basis.device)
+    """All ``q_js * q_jt``, s <= t, doubled off the diagonal, (b, p, l): ``packed`` times them is ``V``, here scaled."""
+    i, j = _triangle(basis.shape[-1], basis.device)
     weights = scale * (2 - (i == j).to(basis.dtype))
-    transposed = basis.T.contiguous()
-    return transposed[i].mul_(transposed[j]).mul_(weights[:, None])
+    transposed = basis.mT.contiguous()
+    return transposed[:, i].mul_(transposed[:, j]).mul_(weights[:, None])
 
 
 def _update_tiles(
     momentum: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     basis: Tensor,
     quotient: Quotient,
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields rows, columns and that tile of ``U`` (see :func:`reference.normalized_update`); valid until the next."""
-    column_bytes = packed.shape[1] * momentum.element_size()
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Yields pairs, rows, columns and that tile of ``U`` (see :func:`reference.normalized_update`); valid until the
+    next.
+    """
+    count, size, rank = momentum.shape
+    width, dtype = basis.shape[1], momentum.dtype
+    column_bytes = rank * (rank + 1) // 2 * momentum.element_size()
     # At most half of the workspace for Khatri-Rao products, which while they are built exist twice, and a quarter for
-    # the tile of P that is converted where P is stored in another dtype.
-    column_tiles = _slices(basis.shape[0], min(TILE_COLUMNS, max(1, WORKSPACE_BYTES // 4 // column_bytes)))
-    most_rows = TILE_ROWS if packed.dtype == momentum.dtype else max(1, WORKSPACE_BYTES // 4 // column_bytes)
-    row_tiles = _slices(momentum.shape[0], min(TILE_ROWS, most_rows))
-    tile = max(map(_length, row_tiles), default=0) * max(map(_length, column_tiles), default=0)
+    # the tile of P that is copied where P is stored in another dtype or several pairs are taken together.
+    most_rows = min(TILE_ROWS, max(1, WORKSPACE_BYTES // 4 // column_bytes))
+    row_tiles = _slices(size, TILE_ROWS if packed[0].dtype == dtype else most_rows)
+    most_columns = min(TILE_COLUMNS, max(1, WORKSPACE_BYTES // 4 // column_bytes))
+    most_pairs = max(1, WORKSPACE_BYTES // 4 // column_bytes // most_columns)
+    batches = _slices(count, min(most_pairs, max(1, most_rows // max(1, size))))
+    column_tiles = _slices(width, most_columns)
+    tile = math.prod(max(map(_length, parts), default=0) for parts in (batches, row_tiles, column_tiles))
     second_buffer, first_buffer = momentum.new_empty(2, tile)
     one = momentum.new_ones(())
-    tiny = torch.finfo(momentum.dtype).tiny
+    tiny = torch.finfo(dtype).tiny
     limit = quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1
 
-    for columns in column_tiles:
-        products = khatri_rao(basis[columns], 1 / quotient.correction2)
-        directions = basis[columns].T / quotient.correction1
+    for pairs, columns in itertools.product(batches, column_tiles):
+        products = khatri_rao(basis[pairs, columns], 1 / quotient.correction2)
+        directions = basis[pairs, columns].mT / quotient.correction1
         for rows in row_tiles:
-            shape = _length(rows), _length(columns)
-            second = second_buffer[: shape[0] * shape[1]].view(shape)
-            first = first_buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(read_rows(packed, rows, momentum.dtype), products, out=second)
-            torch.mm(momentum[rows], directions, out=first)
+            shape = _length(pairs), _length(rows), _length(columns)
+            second = second_buffer[: math.prod(shape)].view(shape)
+            first = first_buffer[: math.prod(shape)].view(shape)
+            torch.bmm(read_rows(packed[pairs], rows, dtype), products, out=second)
+            torch.bmm(momentum[pairs, rows], directions, out=first)
             # With w = 1 / sqrt(V): M / (sqrt(V) + eps) = M w / (1 + eps w) and |M| <= bound sqrt(V) is |M w| <= bound.
             # Fewer and cheaper passes than the definition; V = 0 ends in w so large that the quotient is 0.
             inverse_root = second.clamp_min_(tiny).rsqrt_()
@@ -95,38 +103,45 @@ def _update_tiles(
             if limit != math.inf:
                 first.clamp_(-limit, limit)
             torch.add(one, inverse_root, alpha=quotient.eps, out=inverse_root)
-            yield rows, columns, first.div_(inverse_root)
+            yield pairs, rows, columns, first.div_(inverse_root)
         del products  # before the next ones are built
 
 
 def normalized_update(
     momentum: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     basis: Tensor,
     quotient: Quotient,
 ) -> Tensor:
-    """AdamW's step ``U`` (k, l) on the full matrix. See :func:`reference.normalized_update`."""
-    update = momentum.new_empty(momentum.shape[0], basis.shape[0])
-    for rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
-        update[rows, columns] = tile
+    """AdamW's step ``U`` (b, k, l) on the full matrices. See :func:`reference.normalized_update`."""
+    update = momentum.new_empty(*momentum.shape[:2], basis.shape[1])
+    for pairs, rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
+        update[pairs, rows, columns] = tile
     return update
 
 
 def projected_update(
     momentum: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     basis: Tensor,
     quotient: Quotient,
 ) -> Tensor:
-    """``U @ basis`` (k, r) without ``U``. See :func:`reference.projected_update`."""
+    """``U @ basis`` (b, k, r) without ``U``. See :func:`reference.projected_update`.
+
+    Args:
+        momentum: of b pairs alike, (b, k, r).
+        packed: their second moments, b of (k, r(r+1)/2), which need not lie together.
+        basis: (b, l, r).
+        quotient: this step's scalars.
+    """
     projected = torch.zeros_like(momentum, memory_format=torch.contiguous_format)
-    for rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
-        projected[rows].addmm_(tile, basis[columns])
+    for pairs, rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
+        projected[pairs, rows].baddbmm_(tile, basis[pairs, columns])
     return projected
 
 
 def accumulate_second_moment_(
-    packed: Tensor,
+    packed: Sequence[Tensor],
     gradient: Tensor,
     beta2: float,
     *,
@@ -140,35 +155,42 @@ def accumulate_second_moment_(
     outer products are added at the end, in the same coordinates.
 
     Args:
-        packed: second moments (k, r(r+1)/2), of the gradient's dtype or bfloat16 (see :mod:`.storage`).
-        gradient: (k, r).
+        packed: second moments of b pairs alike, b of (k, r(r+1)/2), of the gradient's dtype or bfloat16 (see
+            :mod:`.storage`).
+        gradient: (b, k, r).
         beta2: decay.
-        pending: (k, r).
-        rotation: (r, r).
+        pending: (b, k, r).
+        rotation: (b, r, r).
         seed: chooses the stochastic rounding of a bfloat16 ``packed``; the step number is a good one.
     """
-    (k, rank), dtype = gradient.shape, gradient.dtype
+    (count, size, rank), dtype = gradient.shape, gradient.dtype
     packed_of, square_of = _square(rank, gradient.device)
     decay = beta2 if pending is None else beta2**2
     # Three buffers: near the cache of a CPU, and with few launches elsewhere.
     share = 16 if gradient.device.type == "cpu" else 2
-    most_rows = WORKSPACE_BYTES // share // (3 * rank**2 * gradient.element_size())
-    row_tiles = _slices(k, min(TILE_ROWS, max(1, most_rows)))
-    buffers = gradient.new_empty(3, max(map(_length, row_tiles), default=0), rank, rank)
-    for rows in row_tiles:
-        square, half, result = buffers[:, : _length(rows)]
-        vectors = [math.sqrt(1 - beta2) * gradient[rows]]
+    most_rows = min(TILE_ROWS, max(1, WORKSPACE_BYTES // share // (3 * rank**2 * gradient.element_size())))
+    row_tiles = _slices(size, most_rows)
+    batches = _slices(count, max(1, most_rows // max(1, size)))
+    longest = math.prod(max(map(_length, parts), default=0) for parts in (batches, row_tiles))
+    buffers = gradient.new_empty(3, longest, rank, rank)
+    for pairs, rows in itertools.product(batches, row_tiles):
+        shape = _length(pairs), _length(rows)
+        square, half, result = buffers[:, : math.prod(shape)]
+        vectors = [math.sqrt(1 - beta2) * gradient[pairs, rows]]
         if pending is not None:
-            turned = pending[rows] if rotation is None else pending[rows] @ rotation
+            turned = pending[pairs, rows] if rotation is None else pending[pairs, rows] @ rotation[pairs]
             vectors.append(math.sqrt(beta2 * (1 - beta2)) * turned)
-        recent = torch.stack(vectors, dim=1)
+        recent = torch.stack(vectors, dim=2).flatten(0, 1)
         torch.bmm(recent.mT, recent, out=result)
-        tile = read_rows(packed, rows, dtype)
+        tile = read_rows(packed[pairs], rows, dtype)
         if rotation is None:
-            tile = tile.mul_(decay).add_(result.flatten(1)[:, square_of])
+            tile = tile.mul_(decay).add_(result.flatten(1)[:, square_of].view_as(tile))
         else:
-            torch.index_select(tile, 1, packed_of, out=square.flatten(1))
-            torch.mm(square.flatten(0, 1), rotation, out=half.flatten(0, 1))
-            result.baddbmm_(rotation.T.expand_as(result), half, alpha=decay)
-            tile = result.flatten(1).index_select(1, square_of)
-        write_rows_(packed, rows, tile, seed)
+            torch.index_select(tile.flatten(0, 1), 1, packed_of, out=square.flatten(1))
+            wide = shape[0], shape[1] * rank, rank
+            torch.bmm(square.view(wide), rotation[pairs], out=half.view(wide))
+            # One product a pair: a common one would need the transposed tile, or a copy of R for each row.
+            for turn, right, sums in zip(rotation[pairs], half.chunk(shape[0]), result.chunk(shape[0]), strict=True):
+                sums.baddbmm_(turn.T.expand_as(right), right, alpha=decay)
+            tile = result.flatten(1).index_select(1, square_of).view_as(tile)
+        write_rows_(packed[pairs], rows, tile, seed)

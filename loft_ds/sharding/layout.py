@@ -93,10 +93,10 @@ class Layout(ABC):
         """The rows and slices of the step just collected."""
 
     @abstractmethod
-    def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
-        """Each moving factor with the *whole* of its partner's rows (l, r), unscaled, as :meth:`read` found them.
+    def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
+        """The moving factors with the *whole* of their partners' rows (l, r), unscaled, as :meth:`read` found them.
 
-        Streams in buckets; yields only factors that this rank owns rows of.
+        Bucket by bucket; only factors that this rank owns rows of.
         """
 
     @abstractmethod
@@ -181,9 +181,8 @@ class Whole(Layout):
                 others.append(Slice(name, master.detach(), master.grad, 0, self._groups[id(master)]))
         return Share(self._rows, others)
 
-    def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
-        for factor in moving:
-            yield factor, self._rows[factor.partner].values
+    def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
+        yield {factor: self._rows[factor.partner].values for factor in moving}
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

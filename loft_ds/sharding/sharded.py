@@ -170,7 +170,7 @@ class Sharded(Layout):
         if bucket:
             yield bucket
 
-    def gather(self, moving: Sequence[Factor]) -> Iterator[tuple[Factor, Tensor]]:
+    def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
         for bucket in self._buckets(moving):
             partitions = [self._partitions[f] for f in bucket]
             partners = [self._partitions[f.partner] for f in bucket]
@@ -181,16 +181,18 @@ class Sharded(Layout):
                 local = torch.cat([self._rows[f.partner].values for f in bucket])
                 received = exchange(local, self._group, self._device)
             place = 0
+            wholes = {}
             for factor in bucket:
                 if len(self._rows[factor].values) == 0:
                     continue
                 partner = factor.partner
                 if bool(self._partitions[partner].holds_whole[self.rank]):
-                    yield factor, self._rows[partner].values
+                    wholes[factor] = self._rows[partner].values
                 else:
                     assert received is not None
-                    yield factor, received[place : place + partner.count]
+                    wholes[factor] = received[place : place + partner.count]
                     place += partner.count
+            yield wholes
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         buffer = tensor.to(self._device)

@@ -333,7 +333,7 @@ class LoFTAdamW(Optimizer):
             for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
                 part.copy_(total.view_as(part))
 
-        rotations = {}
+        rotations: dict[Factor, tuple[Tensor, Tensor]] = {}
         kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)
         for f in fresh:
             kinds[f.rank, grams[f].device, rows[f].values.dtype, f in turned].append(f)
@@ -418,12 +418,12 @@ class LoFTAdamW(Optimizer):
 
     def _partners(
         self, moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
-    ) -> Iterable[dict[Factor, Tensor | None]]:
+    ) -> Iterable[Mapping[Factor, Tensor | None]]:
         """Moving factors with their partners' whole rows (l, r), or None where the update does not need them."""
         if self.projected_update and self.second_moment == "matrix":
             yield from layout.gather(moving)
         else:
-            yield {f: None for f in moving if len(rows[f].values)}
+            yield dict.fromkeys(f for f in moving if len(rows[f].values))
 
     def _full_steps(self, batch: Batch, partners: Mapping[Factor, Tensor | None]) -> Iterable[Tensor]:
         """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k, r) of each factor."""
@@ -437,8 +437,9 @@ class LoFTAdamW(Optimizer):
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
         quotient = kernels.Quotient(correction1, correction2, eps, bound)
-        packed, whole = batch.each("second_moment"), [partners[f] for f in batch.factors]
-        if whole[0] is None:
+        packed = batch.each("second_moment")
+        whole = [rows for f in batch.factors if (rows := partners[f]) is not None]
+        if not whole:
             steps = kernels.normalized_update(momentum, packed, basis.to(batch.dtype), quotient)
         else:
             # In float64: the columns of H are long where T is short, and Q must come out orthonormal.

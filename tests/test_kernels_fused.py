@@ -166,8 +166,8 @@ def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
     integers = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
     types = {"table": "*i64", "triangle": "*i32", **pointers, **integers}
     constants = {
-        "STORED": getattr(tl, stored),
-        "ALIGNED": True,
+        "stored": getattr(tl, stored),
+        "aligned": True,
         "RANK": rank,
         "PADDED": fused._padded(rank),
         "PART": min(32, fused._padded(rank)),

@@ -45,15 +45,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @triton.jit
-def _packed_of(table, pair, STORED: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _packed_of(table, pair, stored: tl.constexpr, aligned: tl.constexpr):  # type: ignore[no-untyped-def]
     """The second moments of one pair of the batch."""
-    packed = tl.load(table + pair).to(tl.pointer_type(STORED))
-    if ALIGNED:
+    packed = tl.load(table + pair).to(tl.pointer_type(stored))
+    if aligned:
         packed = tl.multiple_of(packed, 16)
     return packed
 
 
-@triton.autotune(_CONFIGS, key=["RANK", "STORED"])
+@triton.autotune(_CONFIGS, key=["RANK", "stored"])
 @triton.jit
 def _projected_update_kernel(  # type: ignore[no-untyped-def]
     momentum,  # (b, k, RANK), contiguous
@@ -68,8 +68,8 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     inverse_correction2,
     eps,
     limit,
-    STORED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    stored: tl.constexpr,
+    aligned: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,7 +81,7 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     """``out[split, pair, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
     pair = tl.program_id(2).to(tl.int64)
-    packed = _packed_of(table, pair, STORED, ALIGNED)
+    packed = _packed_of(table, pair, stored, aligned)
     momentum += pair * k * RANK
     basis_t += pair * width * RANK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -159,8 +159,8 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     seed,
     HAS_PENDING: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
-    STORED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    stored: tl.constexpr,
+    aligned: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,7 +169,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
     row = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1).to(tl.int64)
-    packed = _packed_of(table, pair, STORED, ALIGNED)
+    packed = _packed_of(table, pair, stored, aligned)
     gradient += pair * k * RANK
     pending += pair * k * RANK
     rotation += pair * RANK * RANK
@@ -191,7 +191,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
         full += pending_weight * h[:, None] * h[None, :]
     # The load reads every entry off the diagonal twice, from threads that may not be the one that writes it.
     tl.debug_barrier()
-    if STORED == tl.bfloat16:
+    if stored == tl.bfloat16:
         tl.store(place, _round_stochastically(full, seed), mask=inside & (i <= j))
     else:
         tl.store(place, full, mask=inside & (i <= j))
@@ -228,8 +228,8 @@ def _stored(packed: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, dict[str, A
     laid = [each.contiguous() for each in packed]
     places = [each.data_ptr() for each in laid]
     constants = {
-        "STORED": tl.float32 if laid[0].dtype == torch.float32 else tl.bfloat16,
-        "ALIGNED": all(place % 16 == 0 for place in places),
+        "stored": tl.float32 if laid[0].dtype == torch.float32 else tl.bfloat16,
+        "aligned": all(place % 16 == 0 for place in places),
     }
     return laid, torch.tensor(places, dtype=torch.int64, device=laid[0].device), constants
 
@@ -256,7 +256,7 @@ def projected_update(
     columns_a_split = triton.cdiv(triton.cdiv(width, columns), wanted) * columns
     splits = triton.cdiv(width, columns_a_split)
     out = momentum.new_empty(splits, count, k, rank)
-    laid, table, constants = _stored(packed)
+    _alive, table, constants = _stored(packed)
     _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits, count)](
         momentum.contiguous(),
         table,

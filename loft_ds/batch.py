@@ -86,18 +86,18 @@ class Batch:
 
     def store(self, key: str, stacked: Tensor) -> None:
         """Give each factor its part of ``stacked`` (b, ...)."""
-        for state, part in zip(self.states, own_copies(stacked.unbind()), strict=True):
+        for state, part in zip(self.states, own_copies(stacked), strict=True):
             state[key] = part
 
 
-def own_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies that lie in memory as torch lays tensors out, and as a checkpoint gives them back, in one launch.
+def own_copies(stacked: Tensor) -> list[Tensor]:
+    """The parts of ``stacked`` (b, ...), each laid out in memory of its own as a checkpoint gives it back.
 
-    Not views of one buffer: matrix products round by their operands' strides and alignment.
+    Not views of one buffer: that would live as long as any of them.
     """
-    given = list(tensors)
-    own = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-    torch._foreach_copy_(own, given)
+    parts = list(stacked.contiguous().unbind())
+    own = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(own, parts)
     return own
 
 

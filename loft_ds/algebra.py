@@ -39,6 +39,21 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     return left.double().mT @ right.double()
 
 
+def pack(symmetric: Tensor) -> Tensor:
+    """The upper triangles (..., r(r+1)/2) of symmetric matrices (..., r, r)."""
+    i, j = torch.triu_indices(symmetric.shape[-1], symmetric.shape[-1], device=symmetric.device)
+    return symmetric[..., i, j]
+
+
+def unpack(packed: Tensor, rank: int) -> Tensor:
+    """The symmetric matrices (..., r, r) whose upper triangles are ``packed`` (..., r(r+1)/2)."""
+    i, j = torch.triu_indices(rank, rank, device=packed.device)
+    full = packed.new_empty(*packed.shape[:-1], rank, rank)
+    full[..., i, j] = packed
+    full[..., j, i] = packed
+    return full
+
+
 def orthonormal_basis(grams: Tensor) -> Tensor:
     """``H`` (b, r, r) with ``T @ H`` orthonormal, from a batch of Gram matrices ``T.T @ T`` (b, r, r) in float64.
 

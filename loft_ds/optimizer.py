@@ -320,7 +320,7 @@ class LoFTAdamW(Optimizer):
         crosses: dict[Factor, Tensor] = {}
         for batch in batches([f.partner for f in fresh], rows, self.state, lambda partner: partner.partner in turned):
             factors, values = [f.partner for f in batch.factors], batch.values()
-            grams.update(zip(factors, algebra.gram(values, values), strict=True))
+            grams.update(zip(factors, algebra.pack(algebra.gram(values, values)), strict=True))
             if factors[0] in turned:
                 crosses.update(zip(factors, algebra.gram(batch.stacked("previous"), values), strict=True))
         for factor in rows:
@@ -332,6 +332,9 @@ class LoFTAdamW(Optimizer):
             summed = layout.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
             for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
                 part.copy_(total.view_as(part))
+        for kind in {(packed.shape, packed.device) for packed in grams.values()}:  # only triangles travelled
+            alike = [f for f, packed in grams.items() if (packed.shape, packed.device) == kind]
+            grams.update(zip(alike, algebra.unpack(torch.stack([grams[f] for f in alike]), alike[0].rank), strict=True))
 
         rotations: dict[Factor, tuple[Tensor, Tensor]] = {}
         kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)

@@ -74,7 +74,7 @@ def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
 
     Pending gradients of a resting factor are counted in.
     """
-    from loft_ds.kernels.reference import unpack
+    from loft_ds.algebra import unpack
 
     out = {}
     for factor in optimizer.trainable.factors:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from loft_ds import kernels
-from loft_ds.algebra import cauchy_schwarz_bound
+from loft_ds.algebra import cauchy_schwarz_bound, pack
 from loft_ds.kernels import reference, storage, tiled
 
 BETA1, BETA2, STEPS = 0.9, 0.99, 40
@@ -33,7 +33,7 @@ def moments(k: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     ages = torch.arange(STEPS - 1, -1, -1, dtype=torch.float64)
     momentum = torch.einsum("t,tkr->kr", (1 - BETA1) * BETA1**ages, gradients)
     second = torch.einsum("t,tkr,tks->krs", (1 - BETA2) * BETA2**ages, gradients, gradients)
-    return momentum, reference.pack(second)
+    return momentum, pack(second)
 
 
 def rows(count: int, rank: int, seed: int) -> Tensor:

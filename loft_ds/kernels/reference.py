@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra import pack, unpack
+
 
 @dataclass(frozen=True)
 class Quotient:
@@ -28,21 +30,6 @@ class Quotient:
     correction2: float
     eps: float
     bound: float
-
-
-def pack(symmetric: Tensor) -> Tensor:
-    """The upper triangles (k, r(r+1)/2) of symmetric matrices (k, r, r)."""
-    i, j = torch.triu_indices(symmetric.shape[-1], symmetric.shape[-1], device=symmetric.device)
-    return symmetric[:, i, j]
-
-
-def unpack(packed: Tensor, rank: int) -> Tensor:
-    """The symmetric matrices (k, r, r) whose upper triangles are ``packed`` (k, r(r+1)/2)."""
-    i, j = torch.triu_indices(rank, rank, device=packed.device)
-    full = packed.new_empty(packed.shape[0], rank, rank)
-    full[:, i, j] = packed
-    full[:, j, i] = packed
-    return full
 
 
 def accumulate_second_moment_(

@@ -44,6 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loft_ds import LoFTAdamW
+from loft_ds.plan import BUILTIN
+from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET
 from provenance import RESULTS, provenance
 
 # A Llama whose adapters are large beside it, so that what the optimizer does can be seen on two cores.
@@ -71,7 +73,8 @@ class Setup:
         model: what a config.json says, or a built-in name of loft_ds.plan.
         length: tokens of a sequence.
         steps: those whose time is taken.
-        offload_second_moment: LoFTAdamW's.
+        reduce_bucket: DeepSpeed's ``reduce_bucket_size``; its default is for models of billions.
+        persistent: DeepSpeed's ``stage3_param_persistence_threshold``: at the default a small model would never be cut.
     """
 
     stage: int
@@ -81,6 +84,8 @@ class Setup:
     model: dict[str, Any] = field(default_factory=lambda: TINY)
     length: int = 32
     steps: int = 4
+    reduce_bucket: int = 2**16
+    persistent: int = 1000
 
 
 @dataclass
@@ -109,7 +114,8 @@ def _bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
 
 def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
     """Bytes that this rank has allocated by kind; a storage that is two things is the first of them."""
-    wrapper, parameters = engine.optimizer, list(engine.module.parameters())
+    wrapper, parameters, layout = engine.optimizer, list(engine.module.parameters()), optimizer.attach()
+    assert layout is not None
     states = list(optimizer.state.values())
 
     def weights(trained: bool) -> Iterator[Tensor]:
@@ -137,11 +143,12 @@ def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
         "base weights": _bytes_of(weights(False), seen),
         "adapters": _bytes_of(weights(True), seen),
         "gradients": _bytes_of(gradients(), seen),
-        "masters": _bytes_of((p for group in optimizer.param_groups for p in group["params"]), seen),
+        "masters": _bytes_of((layout.held(p)[0] for p in parameters if p.requires_grad), seen),
         "momentum": _bytes_of(state("momentum", "exp_avg"), seen),
         "second moments": _bytes_of(state("second_moment", "exp_avg_sq"), seen),
         "pending or previous": _bytes_of(state("pending", "previous"), seen),
         "bases": _bytes_of(state("basis"), seen),
+        "kept rows": _bytes_of(getattr(layout, "_kept", {}).values(), seen),
         "reduce buckets": _bytes_of(buckets(), seen),
     }
 
@@ -155,7 +162,7 @@ class Traffic(TorchDispatchMode):
         self.sent: dict[str, float] = defaultdict(float)
         self.received: dict[str, float] = defaultdict(float)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._count(func._schema.name.removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))
@@ -193,12 +200,16 @@ class Traffic(TorchDispatchMode):
 
 
 def settings(setup: Setup) -> dict[str, Any]:
-    """DeepSpeed's configuration: buckets far smaller than its defaults, which are for models of billions."""
+    """DeepSpeed's configuration."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": setup.batch,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": setup.stage, "reduce_bucket_size": 2**16, "allgather_bucket_size": 2**16},
+        "zero_optimization": {
+            "stage": setup.stage,
+            "reduce_bucket_size": setup.reduce_bucket,
+            "stage3_param_persistence_threshold": setup.persistent,
+        },
     }
     if setup.precision == "bf16":
         config["bf16"] = {"enabled": True}
@@ -271,3 +282,183 @@ def measure(rank: int, world: int, setup: Setup) -> Measured:
     per_step = [{k: v / 2 for k, v in counts.items()} for counts in (traffic.sent, traffic.received, traffic.calls)]
     speed = world * setup.batch * setup.length / sum(median.values())
     return Measured(memory, *per_step, dict(arithmetic), median, speed)
+
+
+def _serve(rank: int, world: int, store: str, setups: list[Setup], out: str) -> None:
+    """One spawned rank: measures every setup, and writes what it found to a file of its own."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective that takes a minute to compile
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, verbose=False, init_method=Path(store).as_uri(), rank=rank, world_size=world
+    )
+    found = [asdict(measure(rank, world, setup)) for setup in setups]
+    (Path(out) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def spawned(world: int, setups: list[Setup]) -> list[list[Measured]]:
+    """Each setup on ``world`` processes of this machine: what each rank measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        torch.multiprocessing.spawn(_serve, (world, store, setups, folder), nprocs=world)
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+    return [[Measured(**rank[place]) for rank in ranks] for place in range(len(setups))]
+
+
+def law(worlds: Sequence[int], sizes: Sequence[float]) -> tuple[float, float]:
+    """``c`` and ``a`` of the ``c * N^-a`` that fits best, by least squares of logarithms."""
+    slope, intercept = numpy.polyfit(numpy.log(worlds), numpy.log(sizes), 1)
+    return float(numpy.exp(intercept)), float(-slope)
+
+
+STATE = ("momentum", "second moments", "pending or previous", "masters")
+
+
+def row_of(kind: str, world: int, setup: Setup, ranks: list[Measured]) -> dict[str, Any]:
+    """One line of the table: the fullest rank's kB and MFLOP, the slowest rank's seconds."""
+    first = ranks[0]
+    memory = {name: max(m.memory[name] for m in ranks) / 1e3 for name in first.memory}
+    state = [sum(m.memory[name] for name in STATE) for m in ranks]
+    loft = max(m.received.get("alltoall_base_", 0.0) for m in ranks)
+    return {
+        "scaling": kind,
+        "stage": setup.stage,
+        "ranks": world,
+        **{f"{name} kB": size for name, size in memory.items()},
+        "largest / mean state": max(state) / (sum(state) / world),
+        "all_to_all kB": loft / 1e3,
+        "other received kB": max(sum(m.received.values()) - m.received.get("alltoall_base_", 0.0) for m in ranks) / 1e3,
+        "collectives": sum(first.calls.values()),
+        "optimizer MFLOP": max(m.arithmetic["optimizer"] for m in ranks) / 1e6,
+        **{f"{phase} s": max(m.seconds[phase] for m in ranks) for phase in first.seconds},
+        "tokens/s": min(m.tokens_per_second for m in ranks),
+    }
+
+
+def laws(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of what should fall as 1/N: the fitted power of N beside the exact one. Stage 0 keeps everything everywhere."""
+    out = []
+    columns = ("gradients kB", "masters kB", "momentum kB", "second moments kB", "optimizer MFLOP", "base weights kB")
+    for stage in sorted({row["stage"] for row in rows}):
+        own = [row for row in rows if row["scaling"] == "strong" and row["stage"] == stage]
+        for column in columns:
+            if len(own) < 2 or not all(row[column] for row in own):
+                continue
+            exact = 0 if stage == 0 or (column.startswith("base") and stage < 3) else 1
+            _, power = law([row["ranks"] for row in own], [row[column] for row in own])
+            out.append({"stage": stage, "quantity": column.rsplit(" ", 1)[0], "fitted N^-a": power, "exact": exact})
+    return out
+
+
+def efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens per second over N times those of the fewest ranks measured."""
+    out = []
+    for row in rows:
+        fewest = min((r for r in rows if r["stage"] == row["stage"]), key=lambda r: r["ranks"])
+        ideal = fewest["tokens/s"] * row["ranks"] / fewest["ranks"]
+        out.append({**row, "efficiency": row["tokens/s"] / ideal})
+    return out
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Second moments, arithmetic and traffic over the ranks, beside 1/N."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = ("second moments kB", "optimizer MFLOP", "all_to_all kB")
+    for axes, column in zip(figure.subplots(1, 3), panels, strict=True):
+        for stage in sorted({row["stage"] for row in rows}):
+            own = [r for r in rows if r["scaling"] == "strong" and r["stage"] == stage]
+            axes.plot([r["ranks"] for r in own], [r[column] for r in own], "o-", label=f"stage {stage}")
+        worlds = sorted({row["ranks"] for row in rows})
+        if column != "all_to_all kB":
+            first = next(r[column] for r in rows if r["ranks"] == worlds[0])
+            axes.plot(worlds, [first * worlds[0] / n for n in worlds], "k:", label="1/N")
+            axes.set(xscale="log", yscale="log")
+        axes.set(xlabel="ranks", title=f"{column} of a rank")
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> None:
+    """``scaling.json``, ``scaling.md`` and ``scaling.png``."""
+    folder.mkdir(exist_ok=True)
+    fitted = laws(rows)
+    (folder / "scaling.json").write_text(json.dumps({**facts, "rows": rows, "laws": fitted}, indent=1) + "\n")
+    draw(rows, folder / "scaling.png")
+    text = [
+        "# A training step on more and more ranks",
+        "",
+        "The fullest rank's bytes, as allocated between a backward pass and the optimizer's step, the largest traffic",
+        "and arithmetic of a rank in one step (mean of one of B and one of A), and the slowest rank's seconds.",
+        "Strong: as many sequences a step whatever the ranks; weak: as many a rank. All ranks share the cores named",
+        "below, with other work on them: **seconds say what the phases cost beside each other, not how they scale.**",
+        "",
+        pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".4g"),
+        "",
+        "What should fall as 1/N (exact 1) or stay (exact 0) in strong scaling, and the power that fits:",
+        "",
+        pandas.DataFrame(fitted).to_markdown(index=False, floatfmt=".4f"),
+        "",
+        "![Second moments, arithmetic and traffic](scaling.png)",
+        "",
+        *(f"- {key}: {value}" for key, value in facts.items()),
+    ]
+    (folder / "scaling.md").write_text("\n".join(text) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure and write; under a launcher that launcher's ranks only, and rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--batch", type=int, default=24, help="sequences of a step in strong scaling, all ranks'")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--model", choices=["tiny", *BUILTIN], default="tiny")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--quick", action="store_true", help="1 and 2 ranks at stages 0 and 3, two steps; print only")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.worlds, options.stages = [1, 2], [0, 3]
+
+    def setup(stage: int, batch: int) -> Setup:
+        model = TINY if options.model == "tiny" else BUILTIN[options.model]
+        own = {} if options.model == "tiny" else {"reduce_bucket": REDUCE_BUCKET, "persistent": PERSISTENT}
+        steps = 2 if options.quick else 4
+        return Setup(stage, batch, options.rank, options.precision, model, options.length, steps, **own)
+
+    def cases(world: int) -> list[tuple[str, Setup]]:
+        strong = [("strong", setup(stage, options.batch // world)) for stage in options.stages]
+        weak = [("weak", setup(stage, options.batch // max(options.worlds))) for stage in options.stages]
+        return strong + (weak if not options.quick else [])
+
+    rows: list[dict[str, Any]] = []
+    if "WORLD_SIZE" in os.environ:  # a launcher's ranks
+        deepspeed.init_distributed()
+        world = dist.get_world_size()
+        options.worlds = [world]
+        for kind, case in cases(world):
+            ranks: list[Any] = [None] * world
+            dist.all_gather_object(ranks, measure(dist.get_rank(), world, case))
+            rows.append(row_of(kind, world, case, ranks))
+        if dist.get_rank() != 0:
+            return rows
+    else:
+        for world in options.worlds:
+            chosen = cases(world)
+            for (kind, case), ranks in zip(chosen, spawned(world, [case for _, case in chosen]), strict=True):
+                rows.append(row_of(kind, world, case, ranks))
+    rows.sort(key=lambda row: (row["scaling"], row["stage"], row["ranks"]))
+    rows = [line for kind in ("strong", "weak") for line in efficiency([r for r in rows if r["scaling"] == kind])]
+    print(pandas.DataFrame(rows).to_string(index=False))
+    if not options.quick:
+        write(rows, {**provenance(), "model": options.model}, options.output)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

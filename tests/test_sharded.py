@@ -183,6 +183,55 @@ def test_other_sharding_is_refused(ranks):
     assert "lora_A.default.weight is a DTensor" in said
 
 
+def with_masters_written(rank, world, steps):
+    """A training at stage 3 in which something else than LoFT writes into one rank's master weights, before step 2."""
+    import deepspeed
+
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-3, betas=BETAS)
+    config = {
+        "train_micro_batch_size_per_gpu": 12 // world,
+        "gradient_clipping": 0.0,  # its default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
+    for step in range(steps):
+        if step == 2:
+            layout = optimizer.attach()
+            if rank == 1:
+                for param in trained(model).values():
+                    layout.held(param)[0].mul_(2)
+            layout.refresh()
+        x, y = batch(step)
+        engine.backward((engine(x[part]) - y[part]).square().mean())
+        engine.step()
+    params = {}
+    for name, p in trained(model).items():
+        with deepspeed.zero.GatheredParameters([p]):
+            params[name] = p.detach().clone()
+    engine.destroy()
+    return params
+
+
+def test_masters_that_another_writes_are_read_anew(ranks):
+    """Owners keep the rows that travel; the second half of every parameter is rank 1's to hold."""
+    (found, _) = ranks(2)(with_masters_written, 4)
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-3, betas=BETAS)
+    for step in range(4):
+        if step == 2:
+            for param in trained(model).values():
+                param.data.view(-1)[-(-param.numel() // 2) :].mul_(2)
+        x, y = batch(step)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, param in trained(model).items():
+        assert relative(found[name], param.detach()) < TOLERANCE[20], name
+
+
 CASES = {
     "round_robin_1": (2, 1, {"zero": {"round_robin_gradients": True}}),
     "round_robin_2": (3, 2, {"zero": {"round_robin_gradients": True}}),

@@ -1,4 +1,4 @@
-"""``python -m loft_ds.plan MODEL --rank 64 --nodes 8 --gpus-per-node 8 --stage 3``: will it fit, and how long is a step."""
+"""Will it fit, and how long is a step: ``python -m loft_ds.plan MODEL --rank 64 --nodes 8 --stage 3``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ GB = 1e9
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loft_ds.plan", description=__doc__.split(":")[1].strip())
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m loft_ds.plan", description=__doc__.split(":")[0])
     parser.add_argument("model", help=f"a config.json or its folder, a hub name, or one of {', '.join(BUILTIN)}")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
     parser.add_argument("--nodes", type=int, default=1)
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def job_of(options: argparse.Namespace) -> Job:
+    """What the command line asks for."""
     return Job(
         rank=options.rank,
         world=options.nodes * options.gpus_per_node,
@@ -83,12 +85,12 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
         return [title, *(f"  {kind:<22}{value / unit:12.3f} {name}" for kind, value in kinds.items())]
 
     traffic = found.traffic
-    received = {kind: getattr(traffic, kind) for kind in ("gradients", "values", "updates", "partners", "products")}
+    received = {kind: getattr(traffic, kind) for kind in ("gradients", "updates", "partners", "products")}
     fits = found.peak <= USABLE * gpu.memory
     return "\n".join(
         [
-            f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {len(shapes.layers)} adapted matrices "
-            f"at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, ZeRO {job.stage}",
+            f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {len(shapes.layers)} adapted "
+            f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, ZeRO {job.stage}",
             "",
             *table("Memory of a GPU, the fullest:", found.memory, GB, "GB"),
             *table("and for a time within a step (an estimate; with checkpointing):", found.work, GB, "GB"),
@@ -105,7 +107,12 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
             f"its rows demand is {traffic.least / 1e6:.3f} MB",
             *table("and by DeepSpeed:", found.deepspeed, 1e6, "MB"),
             "",
-            *table(f"Seconds of a step of {job.tokens} tokens on {gpu_name} and {interconnect}, from", found.seconds, 1, "s"),
+            *table(
+                f"Seconds of a step of {job.tokens} tokens on {gpu_name} and {interconnect}, from",
+                found.seconds,
+                1,
+                "s",
+            ),
             f"  The optimizer's share is {100 * found.optimizer_share:.2f}% where nothing overlaps. Peak rates are the "
             "makers', their efficiency is assumed (loft_ds/plan/hardware.py): not measured.",
         ]
@@ -162,10 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = sweep(shapes, job, options.gpu, wire)
         title = f"{shapes.name}, rank {job.rank}, {options.gpu}, {options.interconnect}"
         draw(rows, title, USABLE * GPUS[options.gpu].memory, options.sweep)
-        print(json.dumps(rows) if options.json else "\n".join(
-            f"stage {r['stage']} {r['ranks']:5} ranks {r['GB']:10.2f} GB {r['seconds']:10.3f} s "
-            f"optimizer {100 * r['share']:5.1f}%" for r in rows
-        ))
+        print(
+            json.dumps(rows)
+            if options.json
+            else "\n".join(
+                f"stage {r['stage']} {r['ranks']:5} ranks {r['GB']:10.2f} GB {r['seconds']:10.3f} s "
+                f"optimizer {100 * r['share']:5.1f}%"
+                for r in rows
+            )
+        )
         return
     found = plan(shapes, job, GPUS[options.gpu], wire)
     if options.json:

@@ -7,7 +7,7 @@ counted from the plans that the ranks carry out, and DeepSpeed's buffers are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from .shapes import Shapes
 
 FLOAT, DOUBLE = 4, 8
 # DeepSpeed's own defaults (zero/config.py), in elements.
-REDUCE_BUCKET, PERSISTENT, PREFETCH = 500_000_000, 100_000, 50_000_000
+REDUCE_BUCKET, PERSISTENT, PREFETCH, MAX_LIVE = 500_000_000, 100_000, 50_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,32 @@ class Division:
     def members(self, factor: Factor) -> range:
         return members_of(self.partitions[factor], self.partitions[factor.partner])
 
-    def per_rank(self, weight: dict[Factor, int]) -> Tensor:
-        """(N,), the sum over each rank's rows of what a row of each factor weighs."""
+    @cached_property
+    def elements(self) -> Tensor:
+        """(N,), how many elements of factors each rank owns the rows of."""
+        return self._owned(self.partitions.values())
+
+    @cached_property
+    def travelling(self) -> Tensor:
+        """(N,), the part of :attr:`elements` that another rank may hold."""
+        return self._owned(p for p in self.partitions.values() if not p.stays)
+
+    def _owned(self, partitions: Iterable[Partition]) -> Tensor:
+        total = torch.zeros(self.world, dtype=torch.int64)
+        for partition in partitions:
+            ranks = partition.owned.ranks
+            total[ranks.start : ranks.stop] += partition.factor.rank * partition.owned.edges.diff()
+        return total
+
+    @cached_property
+    def cut_gradients(self) -> Tensor:
+        """(N,), elements of gradients that each rank keeps at stages 1 and 2 although it holds others of the parameter:
+        a part of it is a view of the whole (``get_flat_partition``, zero/stage_1_and_2.py).
+        """
         total = torch.zeros(self.world, dtype=torch.int64)
         for factor, partition in self.partitions.items():
-            ranks = partition.owned.ranks
-            total[ranks.start : ranks.stop] += weight[factor] * partition.owned.edges.diff()
+            parts, ranks = partition.held.edges.diff(), partition.held.ranks
+            total[ranks.start : ranks.stop] += (factor.numel - parts) * (parts > 0)
         return total
 
     @cached_property
@@ -119,7 +139,7 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
 
     DeepSpeed's kinds are as 0.19 allocates them: flat 16-bit weights and the 16-bit gradients of this rank's part
     (``bit16_groups_flat``, ``averaged_gradients``; stage 3: ``fp16_partitioned_groups_flat``,
-    ``grad_partitions_flat_buffer``), float32 masters, which in fp32 are the weights themselves at stages 0 and 3.
+    ``grad_partitions_flat_buffer``), float32 masters, which in fp32 are the weights themselves at stage 0.
     """
     division = division or Division(shapes.factors(job.rank), job.stage, job.world)
     factors = division.factors
@@ -128,21 +148,22 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     if job.stage == 0:
         adapters, gradients, masters = whole, whole, whole if sixteen else 0
     elif job.stage < 3:
-        adapters, gradients, masters = division.size * job.world, division.size, division.size
+        adapters, gradients, masters = division.size * job.world, division.size + division.cut_gradients, division.size
     else:
         part = sum(_padded(f.numel, job.world) for f in factors)
         gathered = sum(f.numel for f in factors if f.numel <= job.persistent)
-        adapters, gradients, masters = part + gathered, part, part if sixteen else 0
+        adapters, gradients, masters = part + gathered, part, part
         base = sum(
             count * (_padded(numel, job.world) + (numel if numel <= job.persistent else 0))
             for numel, count in shapes.weights.items()
         )
     one = torch.ones(job.world, dtype=torch.int64)
     rows = {
-        "momentum": division.per_rank({f: FLOAT * f.rank for f in factors}),
-        "second moments": division.per_rank({f: job.second_moment * f.rank * (f.rank + 1) // 2 for f in factors}),
-        "pending or previous": division.per_rank({f: FLOAT * f.rank for f in factors}),
+        "momentum": FLOAT * division.elements,
+        "second moments": job.second_moment * (job.rank + 1) * division.elements // 2,
+        "pending or previous": FLOAT * division.elements,
         "bases": division.bases,
+        "kept rows": FLOAT * division.travelling,
     }
     return {
         "base weights": one * job.precision * base,
@@ -164,7 +185,7 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     feature: Korthikanti et al. 2022, without the attention matrix), and the logits with their gradient in float32.
     """
     factors = division.factors
-    owned = division.per_rank({f: f.rank for f in factors}).max().item()
+    owned = division.elements.max().item()
     held = division.size
     travelling = any(not p.stays for p in division.partitions.values())
     gathered = 0 if job.stage == 0 else min(2 * BUCKET_BYTES, FLOAT * sum(f.numel for f in factors) // 2)
@@ -192,11 +213,11 @@ def checkpoint_bytes(factors: Sequence[Factor], job: Job) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank receives in a step, the mean of one of ``B`` and one of ``A``.
+    """Bytes that a rank receives in a step, the mean of one of ``B`` and one of ``A``, once it has rows of its own: in
+    the first step the master weights come with the gradients.
 
     Attributes:
         gradients: elements of the gradients of its rows that lie elsewhere.
-        values: the same of their master weights.
         updates: new values of elements that it holds and another rank owns.
         partners: the other factors' rows.
         products: Gram matrices.
@@ -205,7 +226,6 @@ class Traffic:
     """
 
     gradients: float
-    values: float
     updates: float
     partners: float
     products: float
@@ -214,7 +234,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return self.gradients + self.values + self.updates + self.partners + self.products
+        return self.gradients + self.updates + self.partners + self.products
 
     @property
     def least(self) -> float:
@@ -257,10 +277,8 @@ def traffic(division: Division, rank: int) -> Traffic:
         if rank in members:
             one = 2 * DOUBLE * f.rank**2 / 2
             products += one * (len(members) - 1) if members[place % len(members)] == rank else one
-    collectives += (4 if spread else 0) + 2
-    return Traffic(
-        FLOAT * came, FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers
-    )
+    collectives += (4 if spread else 0) + (4 if any(not p.stays for p in parts.values()) else 2)  # 2 of one number
+    return Traffic(FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers)
 
 
 def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
@@ -277,7 +295,8 @@ def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
     large = shapes.parameters - small + sum(f.numel for f in factors) - small_trained
     return {
         "gradients": others * trained,
-        "parameters": others * job.precision * (2 * large + small + small_trained),
+        # For the forward pass, and again for the backward pass but for what stage3_max_live_parameters keeps.
+        "parameters": others * job.precision * (large + max(0, large - MAX_LIVE) + small_trained),
     }
 
 
@@ -336,7 +355,7 @@ class Plan:
 
 OFFLOADED = {
     "second_moment": {"second moments"},
-    "optimizer": {"masters", "momentum", "second moments", "pending or previous", "bases", "gradients"},
+    "optimizer": {"masters", "momentum", "second moments", "pending or previous", "bases", "gradients", "kept rows"},
     "param": {"base weights", "adapters"},
 }
 STATE = ("momentum", "second moments", "pending or previous")

@@ -110,6 +110,9 @@ class Sharded(Layout):
             for side, factors in self._travelling.items()
         }
         self._rows: dict[Factor, Rows] = {}
+        self._flats = flats
+        self._kept: dict[Factor, Tensor] = {}
+        self._kept_for: Tensor | None = None
 
     def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
         held = self._held[param]
@@ -149,8 +152,20 @@ class Sharded(Layout):
         grad, group = self._arrived[id(held.flat)]
         return held.interval(held.flat.detach(), self.rank), held.interval(grad, self.rank), group
 
+    def _fingerprint(self) -> Tensor:
+        """Changes when the master weights do: the sum of their bits as integers."""
+        return torch.stack([flat.detach().view(torch.int32).sum(dtype=torch.int64) for flat in self._flats])
+
+    def _kept_are_current(self) -> bool:
+        """Whether the rows that all ranks kept are what the master weights are: nobody else has written those since
+        (a checkpoint, ``safe_set_full_fp32_param``), here or on another rank.
+        """
+        changed = self._kept_for is None or not torch.equal(self._kept_for, self._fingerprint())
+        return not bool(self.all_reduce(torch.tensor([float(changed)])))
+
     def read(self) -> Share:
         self._rows = {}
+        kept = any(self._travelling.values()) and self._kept_are_current()
         for factor in self._factors:
             if self._partitions[factor].stays:
                 values, grad, group = self._interval(factor.param)
@@ -161,14 +176,14 @@ class Sharded(Layout):
             if exchange is None:
                 continue
             intervals = [self._interval(f.param) for f in travelling]
-            local = torch.stack([torch.cat([i[0] for i in intervals]), torch.cat([i[1] for i in intervals])], dim=1)
-            received = exchange(local, self._group, self._device).T
+            parts = [torch.cat([i[1] for i in intervals])] + ([] if kept else [torch.cat([i[0] for i in intervals])])
+            received = exchange(torch.stack(parts, dim=1), self._group, self._device).T
             place = 0
             for factor, (_, _, group) in zip(travelling, intervals, strict=True):
                 start, stop = self._partitions[factor].owned.interval(self.rank)
                 size = (stop - start) * factor.rank
-                values, grad = (_as_rows(factor, t[place : place + size].clone()) for t in received)
-                self._rows[factor] = Rows(values, grad, start, group)
+                grad, *values = (_as_rows(factor, t[place : place + size].clone()) for t in received)
+                self._rows[factor] = Rows(values[0] if values else self._kept[factor], grad, start, group)
                 place += size
         self._rows = {f: self._rows[f] for f in self._factors}
         others = []
@@ -253,6 +268,9 @@ class Sharded(Layout):
                 place += len(values)
         self._publish()
         self._arrived.clear()
+        # Rows that travel stay with their owner: then the next step's gradients come without them.
+        self._kept = {f: self._rows[f].values for side in self._travelling.values() for f in side}
+        self._kept_for = self._fingerprint() if self._kept else None
         self._rows = {}  # it holds gradients, which DeepSpeed is to free
 
 

@@ -1,0 +1,219 @@
+"""The plan against what ranks really allocate and send, against published sizes, and for as many ranks as one likes."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import peft
+import pytest
+import torch
+import transformers
+from scaling import TINY, Setup, measure
+from scaling import main as scaling_main
+
+from loft_ds.factors import find_trainable
+from loft_ds.plan import GPUS, Division, Job, memory, peak, plan, shapes_of, traffic
+from loft_ds.plan.__main__ import largest_rank, main, smallest_stage
+from loft_ds.plan.model import deepspeed_traffic
+from loft_ds.sharding.exchange import plan_rows
+
+
+@functools.cache
+def builtin(name):
+    return shapes_of(name)
+
+
+RUNS = [(2, 0, "fp32"), (2, 0, "bf16"), (2, 1, "bf16"), (3, 2, "fp32"), (3, 3, "fp32"), (4, 3, "bf16")]
+
+
+@pytest.fixture(scope="module")
+def measured(ranks):
+    """What each rank measured of one of ``RUNS``."""
+    return functools.cache(lambda world, *run: ranks(world)(measure, Setup(run[0], batch=1, precision=run[1], steps=1)))
+
+
+@pytest.mark.parametrize(("world", "stage", "precision"), RUNS)
+def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, precision):
+    """Every kind of memory on every rank within 2%, and what LoFT and DeepSpeed receive."""
+    setup, found_of = Setup(stage, batch=1), measured(world, stage, precision)
+    shapes = shapes_of(TINY)
+    bytes_each = 2 if precision == "bf16" else 4
+    job = Job(setup.rank, world, stage, bytes_each, reduce_bucket=setup.reduce_bucket, persistent=setup.persistent)
+    planned = memory(shapes, job)
+    assert planned.keys() == found_of[0].memory.keys()
+    for rank, found in enumerate(found_of):
+        for kind, size in found.memory.items():
+            assert float(planned[kind][rank]) == pytest.approx(size, rel=0.02), (rank, kind)
+    division = Division(shapes.factors(setup.rank), stage, world)
+    for rank, found in enumerate(found_of):
+        exchanged = found.received.get("alltoall_base_", 0.0)
+        assert traffic(division, rank).total == pytest.approx(exchanged, rel=0.02)
+        # Besides LoFT's norm and DeepSpeed's overflow flags, of some bytes, the rest is DeepSpeed's.
+        rest = sum(found.received.values()) - exchanged
+        assert sum(deepspeed_traffic(shapes, job).values()) == pytest.approx(rest, rel=0.02, abs=64)
+
+
+def test_arithmetic_falls_with_the_ranks(measured):
+    """Two ranks do half each of what each of them does at stage 0: every layer of the model is one rank's."""
+    for whole, half in zip(measured(2, 0, "bf16"), measured(2, 1, "bf16"), strict=True):
+        assert half.arithmetic["optimizer"] == whole.arithmetic["optimizer"] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # as their makers publish
+    [
+        ("Llama-3-8B", 8.03),
+        ("Llama-3-70B", 70.6),
+        ("Llama-3-405B", 405.9),
+        ("Mistral-7B", 7.25),
+        ("Qwen2.5-7B", 7.62),
+        ("Mixtral-8x7B", 46.7),
+        ("Qwen3-32B", 32.8),
+        ("Qwen3-30B-A3B", 30.5),
+        ("Qwen2.5-72B", 72.7),
+    ],
+)
+def test_builtin_models_are_of_published_size(name, billions):
+    assert builtin(name).parameters / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_shapes_are_those_that_loft_finds(kind):
+    settings = {**TINY, "model_type": kind, "head_dim": 16}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = [(f.side, f.count, f.rank) for f in find_trainable(adapted).factors]
+    assert [(f.side, f.count, f.rank) for f in shapes_of(settings).factors(4)] == found
+    assert shapes_of(settings).parameters == sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world", [8, 64, 512, 4096])
+def test_state_is_balanced(world, stage):
+    """Llama-3-405B: the optimizer's bytes of a rank are 1/N of the total, the largest share at most 1% above."""
+    shapes, job = builtin("Llama-3-405B"), Job(64, world, stage)
+    division = Division(shapes.factors(64), stage, world)
+    assert sum(f.numel for f in division.factors) == int(division.elements.sum())
+    planned = memory(shapes, job, division)
+    own = sum(planned[kind] for kind in ("masters", "momentum", "second moments", "pending or previous")).double()
+    assert float(own.max()) < 1.01 * float(own.mean())
+    # The (r, r) bases are what ranks have in common: of their own layers of the model, and one that is cut at either end.
+    layers = 126 / world
+    assert float(planned["bases"].max()) <= (math.ceil(layers) + 1) * 14 * 8 * 64**2
+
+
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3-405B"])
+@pytest.mark.parametrize("world", [8, 64, 512, 4096])
+def test_every_rank_works_on_every_step(name, world):
+    """Rows of A and rows of B, and so the work of either's turn, are spread evenly: below 1.05 times the mean where a
+    rank has hundreds of rows."""
+    shapes = builtin(name)
+    for stage in (2, 3):
+        division = Division(shapes.factors(64), stage, world)
+        for side in "AB":
+            work = torch.zeros(world)
+            for f in division.factors:
+                owned = division.partitions[f].owned
+                if f.side == side:
+                    work[owned.ranks.start : owned.ranks.stop] += owned.edges.diff() * f.partner.count
+            rows = sum(f.count for f in division.factors if f.side == side) / world
+            # Each of the 7 matrices of one layer of the model or two may add a row.
+            assert float(work.max() / work.mean()) < (1.05 if rows > 300 else 1.2), (stage, side)
+
+
+@pytest.mark.parametrize("world", [8, 64, 512, 4096])
+def test_collectives_do_not_grow(world):
+    """As many collectives at 4096 ranks as at 8: not one a layer, and not one a bucket of all partners."""
+    division = Division(builtin("Llama-3-405B").factors(64), 3, world)
+    assert traffic(division, world // 2).collectives <= 8
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3-405B"])
+@pytest.mark.parametrize("world", [8, 64, 512, 4096])
+def test_traffic_is_near_the_least(name, world, stage):
+    """At most 1.2 times what the division of the rows demands, on ranks of every kind; and a small part of what gathering
+    every partner on every rank would be."""
+    division = Division(builtin(name).factors(64), stage, world)
+    everything = 4 * sum(f.numel for f in division.factors) / 2
+    for rank in (0, 1, world // 3, world - 1):
+        found = traffic(division, rank)
+        assert found.total <= 1.2 * found.least + 1e-9, (rank, found)
+        assert found.total < 0.6 * everything
+
+
+def test_planning_does_not_grow_with_the_ranks():
+    """What a rank keeps of the exchange is of the size of its share: runs, and the edges of what is near it."""
+    division = Division(builtin("Llama-3-405B").factors(64), 3, 4096)
+    edges = {id(cut.edges): cut.edges.numel() for p in division.partitions.values() for cut in (p.held, p.owned)}
+    assert 8 * sum(edges.values()) < 2e6
+    plan = plan_rows(list(division.partitions.values()), 2048, 4096)
+    assert len(plan.send.starts) + len(plan.receive.starts) < sum(plan.send_counts) / 10
+
+
+def test_command(capsys):
+    """405 billion weights on 4096 GPUs, as a user asks for it."""
+    main(["Llama-3-405B", "--rank", "64", "--nodes", "512", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["job"]["world"] == 4096
+    assert found["memory"]["base weights"] == pytest.approx(2 * 405.85e9 / 4096, rel=0.05)  # norms are kept whole
+    main(["Llama-3-8B", "--rank", "64", "--nodes", "8", "--offload", "second_moment"])
+    text = capsys.readouterr().out
+    assert "In CPU memory" in text
+    assert "fits" in text
+
+
+def test_what_fits():
+    """A smaller GPU needs a higher stage or a smaller rank, and what is said to fit does, just."""
+    shapes, job, gpu = builtin("Llama-3-70B"), Job(64, 64, 3), GPUS["A100-80GB"]
+    assert smallest_stage(shapes, job, gpu) == 3  # 141 GB of weights
+    assert smallest_stage(builtin("Llama-3-8B"), Job(16, 64), gpu) == 0
+    small = dataclasses.replace(gpu, memory=0.98 * peak(shapes, dataclasses.replace(job, rank=512)) / 0.92)
+    best = largest_rank(shapes, job, small)
+    assert 256 < best < 512
+    assert peak(shapes, dataclasses.replace(job, rank=best)) <= 0.92 * small.memory
+    assert peak(shapes, dataclasses.replace(job, rank=best + 1)) > 0.92 * small.memory
+
+
+def test_offload_moves_what_it_names():
+    shapes, job = builtin("Llama-3-8B"), Job(64, 8, 3)
+    here = plan(shapes, job, GPUS["H100"], 50e9)
+    away = plan(shapes, dataclasses.replace(job, offload=frozenset({"second_moment"})), GPUS["H100"], 50e9)
+    assert away.on_cpu == {"second moments": here.memory["second moments"]}
+    assert away.peak == pytest.approx(here.peak - here.memory["second moments"])
+
+
+def test_experts_are_pairs():
+    """Mixtral: 4 matrices of attention a layer, and two of each of 8 experts; a token meets two of the experts."""
+    shapes = builtin("Mixtral-8x7B")
+    assert len(shapes.layers) == 32 * (4 + 2 * 8)
+    assert len(shapes.factors(16)) == 2 * len(shapes.layers)
+    assert shapes.active / 1e9 == pytest.approx(12.6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["no-such-model"], ["Llama-3-8B", "--rank", "2000"], ["Llama-3-8B", "--stage", "2", "--offload", "param"]],
+)
+def test_mistakes_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code not in (0, None)
+
+
+def test_sweep(tmp_path, capsys):
+    main(["SmolLM2-135M", "--sweep", str(tmp_path / "sweep.png"), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    stage3 = [row for row in rows if row["stage"] == 3]
+    assert [row["ranks"] for row in stage3] == [2**power for power in range(13)]
+    assert stage3[-1]["GB"] < stage3[0]["GB"]
+
+
+def test_scaling_quick(monkeypatch, capsys):
+    """The benchmark itself, on ranks that it spawns: what should halve with two ranks does."""
+    rows = scaling_main(["--quick"])
+    one, two = (next(r for r in rows if r["stage"] == 3 and r["ranks"] == n) for n in (1, 2))
+    for kind in ("gradients", "masters", "momentum", "second moments"):
+        assert two[f"{kind} kB"] == pytest.approx(one[f"{kind} kB"] / 2)

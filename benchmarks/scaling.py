@@ -279,9 +279,12 @@ def measure(rank: int, world: int, setup: Setup) -> Measured:
         timed("optimizer", engine.step)
     engine.destroy()
     median = {phase: statistics.median(times) for phase, times in seconds.items()}
-    per_step = [{k: v / 2 for k, v in counts.items()} for counts in (traffic.sent, traffic.received, traffic.calls)]
     speed = world * setup.batch * setup.length / sum(median.values())
-    return Measured(memory, *per_step, dict(arithmetic), median, speed)
+    sent, received, calls = (
+        {name: count / 2 for name, count in counts.items()}
+        for counts in (traffic.sent, traffic.received, traffic.calls)
+    )
+    return Measured(memory, sent, received, calls, dict(arithmetic), median, speed)
 
 
 def _serve(rank: int, world: int, store: str, setups: list[Setup], out: str) -> None:

@@ -2,112 +2,65 @@
 
     python benchmarks/traffic.py
 
-Builds the exchange plans of every rank of a real model's adapters on the meta device, without processes, and adds
-them up: what crosses between ranks in one step (the mean of a step of B and one of A), beside the least that the
-sharding by rows needs, and the largest share of the state beside the mean.
+Builds the exchange plans of a real model's adapters without processes (``loft_ds.plan``), and adds up what crosses
+between ranks in one step (the mean of a step of B and one of A), beside the least that the sharding by rows needs, and
+the largest share of the state beside the mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import time
 from typing import Any
 
 import pandas
-import torch
-from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from loft_ds.factors import Factor, find_trainable
-from loft_ds.sharding.exchange import Partition, plan_gather, plan_rows
+from loft_ds.plan import Division, Shapes, shapes_of, traffic
 from provenance import RESULTS, provenance
 
-MODELS = {
-    "SmolLM2-135M": LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
-    ),
-    "Llama-3-8B": LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
-    ),
-}
-FLOAT = 4
+MODELS = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-405B")
 
 
-def factors_of(config: LlamaConfig, rank: int) -> list[Factor]:
-    """The factors of adapters on all linear layers, without any weights."""
-    with init_empty_weights():
-        lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(LlamaForCausalLM(config), lora)
-    return find_trainable(model).factors
-
-
-def partitions(factors: Sequence[Factor], stage: int, world: int) -> list[Partition]:
-    """How DeepSpeed spreads them: each in equal parts at stage 3, all as one flat tensor at stages 1 and 2."""
-    if stage == 3:
-        parts = torch.arange(world + 1)
-        return [Partition(f, (parts * -(-f.numel // world)).clamp(max=f.numel)) for f in factors]
-    size = -(-sum(f.numel for f in factors) // (2 * world)) * 2
-    out, start = [], 0
-    for factor in factors:
-        out.append(Partition(factor, (torch.arange(world + 1) * size - start).clamp(0, factor.numel)))
-        start += factor.numel
-    return out
-
-
-def measure(factors: Sequence[Factor], stage: int, world: int) -> dict[str, Any]:
+def measure(shapes: Shapes, adapter_rank: int, stage: int, world: int) -> dict[str, Any]:
     """The worst rank's bytes received in a step, the least it would have to receive, and how even the state is."""
-    parts = {p.factor: p for p in partitions(factors, stage, world)}
-    state = torch.zeros(world)
-    for part in parts.values():
-        rank = part.factor.rank
-        state += part.rows * (rank * (rank + 1) // 2 + 2 * rank)  # second moment, momentum, pending or previous
-    received, least = [], []
-    split = [p for p in parts.values() if p.is_split]
+    start = time.perf_counter()
+    division = Division(shapes.factors(adapter_rank), stage, world)
+    seconds = time.perf_counter() - start
     # The ranks in the middle and at the ends see every kind of boundary; all of thousands would take minutes.
-    for rank in sorted({0, 1, world // 2, world - 2, world - 1} & set(range(world))):
-        came = sum(n for q, n in enumerate(plan_rows(split, rank).recv_counts) if q != rank) if split else 0
-        back = 0
-        gathered = 0
-        for side in "AB":
-            moving = [p for p in parts.values() if p.factor.side == side]
-            partners = [parts[p.factor.partner] for p in moving]
-            moved = [p for p in split if p.factor.side == side]
-            back += sum(n for q, n in enumerate(plan_rows(moved, rank).send_counts) if q != rank) if moved else 0
-            plan = plan_gather(moving, partners, rank)
-            if plan is not None:
-                gathered += factors[0].rank * sum(n for q, n in enumerate(plan.recv_counts) if q != rank)
-        # float64 Gram and cross Gram of the pairs about to move that no rank has alone, in a ring all-reduce.
-        spread = sum(not bool((p.holds_whole & parts[p.factor.partner].holds_whole).any()) for p in moving)
-        grams = 2 * FLOAT * 2 * factors[0].rank ** 2 * spread * 2 * (world - 1) / world
-        received.append(FLOAT * (2 * came + back / 2 + gathered / 2) + grams)
-        least.append(FLOAT * (came + back / 2 + gathered / 2))
-    worst = max(range(len(received)), key=received.__getitem__)
+    ranks = sorted({0, 1, world // 3, world // 2, world - 2, world - 1} & set(range(world)))
+    start = time.perf_counter()
+    found = [traffic(division, rank) for rank in ranks]
+    seconds += (time.perf_counter() - start) / len(ranks)
+    worst = max(found, key=lambda t: t.total)
+    elements = division.elements.double()
     return {
         "stage": "1, 2" if stage < 3 else "3",
         "ranks": world,
-        "received MB": received[worst] / 1e6,
-        "least MB": least[worst] / 1e6,
-        "Grams MB": grams / 1e6,
-        "received / least": received[worst] / least[worst] if least[worst] else 1.0,
-        "state a rank MB": FLOAT * float(state.max()) / 1e6,
-        "largest / mean state": float(state.max() / state.mean()),
+        "received MB": worst.total / 1e6,
+        "least MB": worst.least / 1e6,
+        "partners MB": worst.partners / 1e6,
+        "Grams MB": worst.products / 1e6,
+        "received / least": max(t.total / t.least if t.least else 1.0 for t in found),
+        "collectives": worst.collectives,
+        "largest / mean state": float(elements.max() / elements.mean()),
+        "bases MB": float(division.bases.max()) / 1e6,
+        "planning s": seconds,
     }
 
 
 def main() -> None:
     """Measure all and write ``results/traffic.{json,md}``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 8, 64, 512])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 8, 64, 512, 4096])
     args = parser.parse_args()
     rows = []
-    for name, config in MODELS.items():
+    for name in MODELS:
+        shapes = shapes_of(name)
         for rank in (16, 64):
-            factors = factors_of(config, rank)
             for stage in (2, 3):
                 for world in args.worlds:
-                    rows.append({"model": name, "r": rank, **measure(factors, stage, world)})
+                    rows.append({"model": name, "r": rank, **measure(shapes, rank, stage, world)})
                     print(rows[-1], flush=True)
     facts = {
         **provenance(),
@@ -120,6 +73,7 @@ def main() -> None:
         "",
         "Of LoFT's step alone, the worst of the ranks looked at, float32; the mean of a step of B and one of A.",
         "`least` is gradients in, parameters out and the rows of T, each only where it is not there already.",
+        "`planning` is the time of one process to build one rank's plans, on cores that others share.",
         "",
         pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".3g"),
         "",

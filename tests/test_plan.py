@@ -98,7 +98,7 @@ def test_state_is_balanced(world, stage):
     planned = memory(shapes, job, division)
     own = sum(planned[kind] for kind in ("masters", "momentum", "second moments", "pending or previous")).double()
     assert float(own.max()) < 1.01 * float(own.mean())
-    # The (r, r) bases are what ranks have in common: of their own layers of the model, and one that is cut at either end.
+    # The (r, r) bases are what ranks have in common: of their own layers of the model, and of one that is cut.
     layers = 126 / world
     assert float(planned["bases"].max()) <= (math.ceil(layers) + 1) * 14 * 8 * 64**2
 
@@ -133,8 +133,8 @@ def test_collectives_do_not_grow(world):
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3-405B"])
 @pytest.mark.parametrize("world", [8, 64, 512, 4096])
 def test_traffic_is_near_the_least(name, world, stage):
-    """At most 1.2 times what the division of the rows demands, on ranks of every kind; and a small part of what gathering
-    every partner on every rank would be."""
+    """At most 1.2 times what the division of the rows demands, on ranks of every kind; and less than gathering every
+    partner on every rank would be."""
     division = Division(builtin(name).factors(64), stage, world)
     everything = 4 * sum(f.numel for f in division.factors) / 2
     for rank in (0, 1, world // 3, world - 1):

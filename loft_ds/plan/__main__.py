@@ -90,7 +90,8 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
     return "\n".join(
         [
             f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {len(shapes.layers)} adapted "
-            f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, ZeRO {job.stage}",
+            f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, "
+            f"ZeRO {job.stage}",
             "",
             *table("Memory of a GPU, the fullest:", found.memory, GB, "GB"),
             *table("and for a time within a step (an estimate; with checkpointing):", found.work, GB, "GB"),

@@ -145,6 +145,7 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     factors = division.factors
     base, whole = shapes.parameters, sum(f.numel for f in factors)
     sixteen = job.precision == 2
+    gradients: int | Tensor
     if job.stage == 0:
         adapters, gradients, masters = whole, whole, whole if sixteen else 0
     elif job.stage < 3:
@@ -270,12 +271,12 @@ def traffic(division: Division, rank: int) -> Traffic:
             bucket = [f for f in near if f.rank == width]
             plan = plan_gather([parts[f] for f in bucket], [parts[f.partner] for f in bucket], rank, world)
             gathered += width * others(plan.receive_counts)
-    # Gram and cross Gram of the pairs about to move, float64: to the rank that sums them, and the sums back.
+    # Gram (a triangle) and cross Gram of the pairs about to move, float64: to the rank that sums, and the sums back.
     products = 0.0
     for place, f in enumerate(division.factors):
         members = division.members(f)
         if rank in members:
-            one = 2 * DOUBLE * f.rank**2 / 2
+            one = DOUBLE * (f.rank * (f.rank + 1) // 2 + f.rank**2) / 2
             products += one * (len(members) - 1) if members[place % len(members)] == rank else one
     collectives += (4 if spread else 0) + (4 if any(not p.stays for p in parts.values()) else 2)  # 2 of one number
     return Traffic(FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers)

@@ -13,6 +13,20 @@ from torch import nn
 
 from ..factors import Factor
 
+QWEN3_MOE = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+_MODELS: list[tuple[str, str, int, int, int, int, int, int, dict[str, Any]]] = [
+    ("SmolLM2-135M", "llama", 49152, 576, 1536, 30, 9, 3, {"tie_word_embeddings": True}),
+    ("Llama-3-8B", "llama", 128256, 4096, 14336, 32, 32, 8, {}),
+    ("Llama-3-70B", "llama", 128256, 8192, 28672, 80, 64, 8, {}),
+    ("Llama-3-405B", "llama", 128256, 16384, 53248, 126, 128, 8, {}),
+    ("Mistral-7B", "mistral", 32768, 4096, 14336, 32, 32, 8, {}),
+    ("Mixtral-8x7B", "mixtral", 32000, 4096, 14336, 32, 32, 8, {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    ("Qwen2.5-7B", "qwen2", 152064, 3584, 18944, 28, 28, 4, {}),
+    ("Qwen2.5-72B", "qwen2", 152064, 8192, 29568, 80, 64, 8, {}),
+    ("Qwen3-32B", "qwen3", 151936, 5120, 25600, 64, 64, 8, {"head_dim": 128}),
+    ("Qwen3-30B-A3B", "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, QWEN3_MOE),
+]
+
 # The published config.json of each, as far as it decides shapes.
 BUILTIN: dict[str, dict[str, Any]] = {
     name: {
@@ -26,28 +40,7 @@ BUILTIN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         **more,
     }
-    for name, kind, vocabulary, hidden, intermediate, layers, heads, kv_heads, more in [
-        ("SmolLM2-135M", "llama", 49152, 576, 1536, 30, 9, 3, {"tie_word_embeddings": True}),
-        ("Llama-3-8B", "llama", 128256, 4096, 14336, 32, 32, 8, {}),
-        ("Llama-3-70B", "llama", 128256, 8192, 28672, 80, 64, 8, {}),
-        ("Llama-3-405B", "llama", 128256, 16384, 53248, 126, 128, 8, {}),
-        ("Mistral-7B", "mistral", 32768, 4096, 14336, 32, 32, 8, {}),
-        ("Mixtral-8x7B", "mixtral", 32000, 4096, 14336, 32, 32, 8, {"num_local_experts": 8, "num_experts_per_tok": 2}),
-        ("Qwen2.5-7B", "qwen2", 152064, 3584, 18944, 28, 28, 4, {}),
-        ("Qwen2.5-72B", "qwen2", 152064, 8192, 29568, 80, 64, 8, {}),
-        ("Qwen3-32B", "qwen3", 151936, 5120, 25600, 64, 64, 8, {"head_dim": 128}),
-        (
-            "Qwen3-30B-A3B",
-            "qwen3_moe",
-            151936,
-            2048,
-            6144,
-            48,
-            32,
-            4,
-            {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
-        ),
-    ]
+    for name, kind, vocabulary, hidden, intermediate, layers, heads, kv_heads, more in _MODELS
 }
 
 
@@ -93,12 +86,11 @@ class Shapes:
             raise ValueError(f"rank {rank}: {self.name} has a layer with {self.largest_rank} inputs or outputs")
         found = []
         for path, m, n in self.layers:
-            pair = [
-                Factor(f"{path}.lora_{side}.weight", cast(nn.Parameter, None), side, count, rank, cast(Any, None), "")
-                for side, count in (("A", n), ("B", m))
-            ]
-            pair[0].partner, pair[1].partner = pair[1], pair[0]
-            found += pair
+            none = cast(Any, None)  # there are no tensors and no layers
+            a = Factor(f"{path}.lora_A.weight", none, "A", n, rank, none, "")
+            b = Factor(f"{path}.lora_B.weight", none, "B", m, rank, none, "")
+            a.partner, b.partner = b, a
+            found += [a, b]
         return found
 
 

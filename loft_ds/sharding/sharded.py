@@ -182,8 +182,8 @@ class Sharded(Layout):
             for factor, (_, _, group) in zip(travelling, intervals, strict=True):
                 start, stop = self._partitions[factor].owned.interval(self.rank)
                 size = (stop - start) * factor.rank
-                grad, *values = (_as_rows(factor, t[place : place + size].clone()) for t in received)
-                self._rows[factor] = Rows(values[0] if values else self._kept[factor], grad, start, group)
+                grad, *own = (_as_rows(factor, t[place : place + size].clone()) for t in received)
+                self._rows[factor] = Rows(own[0] if own else self._kept[factor], grad, start, group)
                 place += size
         self._rows = {f: self._rows[f] for f in self._factors}
         others = []

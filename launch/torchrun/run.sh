@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# This host's part of launch/train.py under torchrun: hosts may die, come back and join; each change resumes the job.
+set -euo pipefail
+train=$(cd "$(dirname "$0")/.." && pwd)/train.py
+
+exec torchrun --nnodes "${NNODES:-2:4}" --nproc_per_node "${NPROC:-auto}" --max_restarts "${MAX_RESTARTS:-10}" \
+    --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:?names the host that the others meet at}:${MASTER_PORT:-29500}" \
+    --rdzv_id "${JOB_ID:-loft}" \
+    "$train" --save_strategy steps --resume_from_checkpoint True "$@"

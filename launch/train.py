@@ -31,6 +31,7 @@ from arguments import LaunchArguments, Optimizer, build, local_world_size, parse
 from assets import MODEL_NAME, TEXT_NAME, default_model
 from checks import LaunchError, check_adapters, check_loft_settings, read_deepspeed_json
 from data import blocks, read_documents, tokenize
+from loft_ds.durable import CheckpointError
 from loft_ds.hf import LoFTTrainer
 from report import write_report
 
@@ -160,7 +161,10 @@ def train(argv: list[str] | None = None) -> None:
         use_loft=args.optimizer is Optimizer.LOFT,
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
+    try:
+        trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
+    except CheckpointError:
+        trainer.train()
     trainer.save_model()  # first: whatever happens later, the weights are there
     trainer.evaluate()
     if trainer.is_world_process_zero():

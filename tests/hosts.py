@@ -70,11 +70,15 @@ class Hosts:
             _ip("-n", space, "address", "add", f"{address}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
                 _ip("-n", space, "link", "set", interface, "up")
-            # `ip netns exec` mounts what lies here over /etc.
-            hosts = Path("/etc/netns", space, "hosts")
-            hosts.parent.mkdir(parents=True)
+            self.etc(host).mkdir(parents=True)
             others = [f"{self.addresses[i]} {name}\n" for i, name in enumerate(self.names) if i != host]
-            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.names[host]}\n" + "".join(others))
+            (self.etc(host) / "hosts").write_text(
+                f"127.0.0.1 localhost\n127.0.1.1 {self.names[host]}\n" + "".join(others)
+            )
+
+    def etc(self, host: int) -> Path:
+        """A folder whose entries the host has in its /etc, in place of the machine's; ``ip netns exec`` mounts them."""
+        return Path("/etc/netns", self._spaces[host])
 
     def on(self, host: int, command: list[str]) -> list[str]:
         """The command line that runs ``command`` on a host."""
@@ -124,7 +128,7 @@ class Hosts:
             if Path("/run/netns", space).exists():
                 self.kill(host)
                 _ip("netns", "delete", space)
-            shutil.rmtree(Path("/etc/netns", space), ignore_errors=True)
+            shutil.rmtree(self.etc(host), ignore_errors=True)
         if Path("/run/netns", self._switch).exists():
             _ip("netns", "delete", self._switch)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,11 +49,26 @@ class Job:
         assert self.process.returncode == 0, self.log.read_text()
 
 
-def start(log: Path, command: list[object], **kwargs: Any) -> Job:
-    """Starts a command in the log's folder; what it says goes to the log."""
-    with log.open("a") as file:
-        options = {"cwd": log.parent, "stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        return Job(subprocess.Popen([str(word) for word in command], **options, **kwargs), log)
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command in the folder of its log. What then still runs is ended with the test."""
+    jobs: list[Job] = []
+
+    def start(log: Path, command: list[object], **kwargs: Any) -> Job:
+        with log.open("w") as file:
+            options = {"cwd": log.parent, "stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(list(map(str, command)), start_new_session=True, **options, **kwargs)
+        jobs.append(Job(process, log))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.process.poll() is None:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
 
 
 @dataclass
@@ -92,7 +108,7 @@ def rehearsal(tmp_path_factory) -> Rehearsal:
     folder = tmp_path_factory.mktemp("one")
     one = Rehearsal(make_model(folder / "model"), write_text(folder / "text.txt"), {})
     command = [sys.executable, LAUNCH / "train.py", *one.flags(folder / "run", 1)]
-    start(folder / "one.log", command, env=environment()).succeeds()
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     one.expected = one.losses(folder / "run")
     assert list(one.expected) == list(range(1, STEPS + 1))
     assert one.expected[STEPS] < 0.96 * one.expected[1], "the curve is flat, so it could not tell"
@@ -130,10 +146,11 @@ def checkpoint(folder: Path, step: int) -> Path:
 # --- torchrun
 
 
-def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, make_hosts, tmp_path):
+def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(3), tmp_path / "run"
-    # A host that has the rendezvous to itself waits for others this long, in seconds, once there are enough.
-    quickly = {"PET_RDZV_CONF": "last_call_timeout=1"}
+    # In seconds. A host counts as dead that is silent for three intervals; the last call, for which a rendezvous waits
+    # for more hosts once there are enough, must be longer, as it is by default (15 and 30).
+    quickly = {"PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=6"}
     env = environment(NNODES="2:3", NPROC=1, MASTER_ADDR="node0", GLOO_SOCKET_IFNAME=INTERFACE, **quickly)
     command = [LAUNCH / "torchrun" / "run.sh", *rehearsal.flags(run, 2), "--deepspeed", CONFIGS / "zero2.json"]
     first, second = (start(tmp_path / f"node{i}.log", hosts.on(i, command), env=env) for i in (0, 1))
@@ -152,7 +169,7 @@ def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, ma
 # --- DeepSpeed
 
 
-def serve_ssh(hosts: Hosts, folder: Path) -> None:
+def serve_ssh(hosts: Hosts, folder: Path, start: Start) -> None:
     """A real sshd on each host; root may go from each to each by one key."""
     Path("/run/sshd").mkdir(exist_ok=True)  # where Debian's sshd locks its unprivileged part in
     key = folder / "key"
@@ -173,10 +190,10 @@ def serve_ssh(hosts: Hosts, folder: Path) -> None:
         until(lambda job=job: "listening" in job.log.read_text(), "sshd that listens", job)
 
 
-def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, tmp_path):
+def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, start, tmp_path):
     need(("sshd", "openssh-server"), ("pdsh", "pdsh"))
     hosts, run = make_hosts(3), tmp_path / "run"
-    serve_ssh(hosts, tmp_path)
+    serve_ssh(hosts, tmp_path, start)
     (tmp_path / "hostfile").write_text("# a comment\n\n" + "".join(f"{name} slots=1\n" for name in hosts.names))
     # Of the environment DeepSpeed hands over NCCL's and Python's part, and what this file says.
     (tmp_path / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
@@ -187,7 +204,7 @@ def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, tm
     assert {line.split(":")[0] for line in job.log.read_text().splitlines()} >= set(hosts.names)  # pdsh says who spoke
 
 
-def test_deepspeed_without_ssh(rehearsal, make_hosts, tmp_path):
+def test_deepspeed_without_ssh(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(2), tmp_path / "run"
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     command = [LAUNCH / "deepspeed" / "run.sh", *rehearsal.flags(run, 2)]
@@ -207,7 +224,7 @@ def test_deepspeed_without_ssh(rehearsal, make_hosts, tmp_path):
 # --- Open MPI
 
 
-def test_mpirun(rehearsal, tmp_path):
+def test_mpirun(rehearsal, start, tmp_path):
     need(("mpirun", "openmpi-bin"))
     pytest.importorskip("mpi4py", reason="needs mpi4py")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
@@ -220,7 +237,7 @@ def test_mpirun(rehearsal, tmp_path):
 # --- Slurm
 
 
-def serve_slurm(hosts: Hosts, folder: Path) -> Path:
+def serve_slurm(hosts: Hosts, folder: Path, start: Start) -> Path:
     """A Slurm cluster of the hosts, one processor each, with munge and all its files in ``folder``; its configuration.
 
     ``cred_expire`` is how many seconds a requeued job waits at least; Slurm's own default is 120.
@@ -267,10 +284,10 @@ def serve_slurm(hosts: Hosts, folder: Path) -> Path:
     return config
 
 
-def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, tmp_path):
+def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_path):
     need(("munged", "munge"), ("slurmctld", "slurm-wlm"), ("slurmd", "slurm-wlm"))
     hosts, run = make_hosts(2), tmp_path / "run"
-    env = environment(SLURM_CONF=serve_slurm(hosts, tmp_path), GLOO_SOCKET_IFNAME=INTERFACE)
+    env = environment(SLURM_CONF=serve_slurm(hosts, tmp_path, start), GLOO_SOCKET_IFNAME=INTERFACE)
 
     def slurm(*command: str) -> str:
         return hosts.run(0, list(command), env=env, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

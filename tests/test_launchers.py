@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import hosts as namespaces
+import jsonschema
 import pytest
+import yaml
 from hosts import INTERFACE, Hosts
 from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
+
+import train
+from arguments import parse
+from checks import LaunchError
 
 LAUNCH = ROOT / "launch"
 STEPS, SAVE, BATCH = 40, 5, 12
@@ -314,3 +323,88 @@ def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_
     assert job()["JobState"] == "COMPLETED", log.read_text()
     assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
     rehearsal.check(run, 2)
+
+
+# --- Kubernetes
+
+
+@pytest.fixture
+def manifest() -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def schema() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads((Path(__file__).parent / "pytorchjob.schema.json").read_text()))
+
+
+def container(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+
+
+def test_the_manifest_fits_the_operator_s_schema(manifest, schema):
+    schema.validate(manifest)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    # What the operator's admission webhook asks for beyond the schema.
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", manifest["metadata"]["name"])
+    assert container(manifest)["name"] == "pytorch"
+    elastic, workers = manifest["spec"]["elasticPolicy"], manifest["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert 1 <= elastic["minReplicas"] <= workers["replicas"] <= elastic["maxReplicas"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["spec"].update(nprocPerNode=8), "8 is not of type 'string'"),
+        (lambda m: m["spec"].update(elasticPolcy={}), "'elasticPolcy' was unexpected"),
+        (lambda m: m["spec"].pop("pytorchReplicaSpecs"), "'pytorchReplicaSpecs' is a required property"),
+        (lambda m: m["spec"]["elasticPolicy"].update(maxReplicas="4"), "'4' is not of type 'integer'"),
+        (lambda m: container(m).update(volumeMount=[]), "'volumeMount' was unexpected"),
+        (lambda m: container(m)["env"].append({"name": "N", "value": 1}), "1 is not of type 'string'"),
+        (lambda m: container(m)["volumeMounts"][0].pop("mountPath"), "'mountPath' is a required property"),
+        (lambda m: container(m)["resources"]["limits"].update(memory="16 GB"), "'16 GB' does not match"),
+    ],
+)
+def test_the_schema_finds_mistakes_in_the_manifest(manifest, schema, change, message):
+    change(manifest)
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(message)):
+        schema.validate(manifest)
+
+
+def test_the_manifest_s_arguments_are_those_of_train_py(manifest):
+    pytorch = container(manifest)
+    assert pytorch["command"] == ["torchrun", "launch/train.py"]
+    args = parse(pytorch["args"])
+    assert (ROOT / args.deepspeed).is_file()
+    assert args.resume_from_checkpoint == "True"
+    mounted = [mount["mountPath"] for mount in pytorch["volumeMounts"]]
+    for path in (args.model_name_or_path, args.train_file, args.output_dir):
+        assert any(Path(path).is_relative_to(folder) for folder in mounted), path
+    gpus = pytorch["resources"]["limits"]["nvidia.com/gpu"]
+    assert str(gpus) == manifest["spec"]["nprocPerNode"]
+
+
+# --- what they all rest on
+
+
+def test_no_folder_in_launch_hides_a_package_of_its_name():
+    # Python puts the folder of train.py first on its path. A folder without __init__.py yields to a package anywhere.
+    spec = importlib.machinery.PathFinder.find_spec("deepspeed", [str(LAUNCH), *sys.path])
+    assert spec is not None
+    assert spec.origin == deepspeed.__file__
+    assert (LAUNCH / "deepspeed").is_dir()
+    assert not list(LAUNCH.glob("*/__init__.py"))
+
+
+def test_deepspeed_needs_a_launcher(rehearsal, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(LaunchError, match="start it by a launcher"):
+        train.train(rehearsal.flags(tmp_path, 2))
+
+
+def test_mpirun_needs_mpi4py(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="needs mpi4py"):
+        train.discover_mpi_ranks()

@@ -3,6 +3,8 @@
 set -euo pipefail
 train=$(cd "$(dirname "$0")/.." && pwd)/train.py
 
+# After SIGTERM train.py finishes its step and saves; torchrun alone would kill it after 30 seconds.
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-240}
 exec torchrun --nnodes "${NNODES:-2:4}" --nproc_per_node "${NPROC:-auto}" --max_restarts "${MAX_RESTARTS:-10}" \
     --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:?names the host that the others meet at}:${MASTER_PORT:-29500}" \
     --rdzv_id "${JOB_ID:-loft}" \

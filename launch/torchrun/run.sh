@@ -3,6 +3,9 @@
 set -euo pipefail
 train=$(cd "$(dirname "$0")/.." && pwd)/train.py
 
+# Or a host that joins later waits in vain for rank 0's address, which torchrun then tells in the first round only
+# (torch 2.13, dynamic_rendezvous.py).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # After SIGTERM train.py finishes its step and saves; torchrun alone would kill it after 30 seconds.
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-240}
 exec torchrun --nnodes "${NNODES:-2:4}" --nproc_per_node "${NPROC:-auto}" --max_restarts "${MAX_RESTARTS:-10}" \

@@ -90,14 +90,15 @@ class Rehearsal:
 
     @staticmethod
     def losses(folder: Path) -> dict[int, float]:
-        history = json.loads((folder / "log_history.json").read_text())
+        history = json.loads(checkpoint(folder, STEPS).read_text())["log_history"]
         return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
     def flags(self, folder: Path, ranks: int) -> list[str]:
         """The arguments of ``train.py`` under which so many ranks share a batch of the same blocks."""
         return [
             *("--model_name_or_path", str(self.model), "--train_file", str(self.text), "--output_dir", str(folder)),
-            *("--max_steps", str(STEPS), "--save_steps", str(SAVE), "--learning_rate", "5e-3", "--lora_rank", "4"),
+            *("--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", str(SAVE)),
+            *("--learning_rate", "5e-3", "--lora_rank", "4"),
             *("--block_size", "32", "--per_device_train_batch_size", str(BATCH // ranks)),
             *("--disable_tqdm", "True", "--report_to", "none"),
             *(("--deepspeed", str(CONFIGS / "zero2.json")) if ranks > 1 else ()),
@@ -157,8 +158,8 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(3), tmp_path / "run"
-    # In seconds. A dead host counts as present for three intervals. A last call that ends earlier, or an upper number of
-    # hosts that is reached with it, makes torchrun wait for it in vain. Its own values are 5, 3 and 30.
+    # In seconds. A dead host counts as present for three intervals. A last call that ends earlier, or an upper number
+    # of hosts that is reached with it, makes torchrun wait for it in vain. Its own values are 5, 3 and 30.
     quickly = {"PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=6"}
     env = environment(NNODES="2:4", NPROC=1, MASTER_ADDR="node0", GLOO_SOCKET_IFNAME=INTERFACE, **quickly)
     command = [LAUNCH / "torchrun" / "run.sh", *rehearsal.flags(run, 2), "--deepspeed", CONFIGS / "zero2.json"]

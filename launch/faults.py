@@ -8,6 +8,7 @@ anyway, and it outlives any rank and any connection.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,11 +16,13 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loft_ds.durable import CheckpointError
@@ -44,12 +47,20 @@ class Watch(TrainerCallback):
     def __init__(self, folder: str | Path, timeout: float) -> None:
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._folder = Path(folder) / ".ranks"
+        self._timeout = timedelta(seconds=timeout)
         self._interval = min(5.0, timeout / 20)
         self._own: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "step": 0, "error": None, "master": True}
         self._main = threading.main_thread()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # torch gives groups made later its own half an hour, whatever the first one was given, and DeepSpeed makes some.
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._own["step"] = state.global_step
@@ -78,6 +89,10 @@ class Watch(TrainerCallback):
         if self._thread.ident is not None:
             self._thread.join(self._interval)  # a network disk may keep it
             self._path(self._rank).unlink(missing_ok=True)
+            if self._rank == 0:
+                (self._folder / "well").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # whoever leaves last finds it empty
+                self._folder.rmdir()
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"{rank:05d}"
@@ -116,7 +131,7 @@ class Watch(TrainerCallback):
             if note != last:
                 last, since = note, time.monotonic()
             elif note is not None and time.monotonic() - since > 24 * self._interval:
-                self._say(_dead(neighbour, note, time.monotonic() - since))
+                self._say(self._dead(neighbour, note, time.monotonic() - since))
                 self._leave()
 
     def _fail(self, error: Exception) -> None:
@@ -144,7 +159,7 @@ class Watch(TrainerCallback):
             if not well:
                 break
         if dead:
-            return ", ".join(_dead(rank, notes[rank], waited) for rank in dead)
+            return ", ".join(self._dead(rank, notes[rank], waited) for rank in dead)
         if well:
             return ", ".join(
                 f"rank {rank} on {notes[rank]['host']} hangs: it is alive, but does nothing after step "
@@ -158,6 +173,12 @@ class Watch(TrainerCallback):
                 for rank in cut
             )
             or "all ranks are alive and reach rank 0, but a collective between them failed"
+        )
+
+    def _dead(self, rank: int, note: dict[str, Any], seconds: float) -> str:
+        return (
+            f"rank {rank} on {note['host']} died or was stopped after step {self._own['step']}: "
+            f"no sign of life for {seconds:.0f} s"
         )
 
     def _say(self, message: str, trace: str = "") -> None:
@@ -174,13 +195,6 @@ class Watch(TrainerCallback):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-def _dead(rank: int, note: dict[str, Any], seconds: float) -> str:
-    return (
-        f"rank {rank} on {note['host']} died or was stopped: no sign of life for {seconds:.0f} s, "
-        f"the last after step {note['step']}"
-    )
 
 
 def _is_of_a_collective(error: BaseException | None) -> bool:

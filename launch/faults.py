@@ -22,10 +22,9 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loft_ds.durable import CheckpointError
+from loft_ds.durable import CheckpointError, bound_collectives
 from loft_ds.settings import SettingsError
 
 NOTE_BYTES = 1024  # written over in place: a full disk must not make a rank look dead
@@ -58,9 +57,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # torch gives groups made later its own half an hour, whatever the first one was given, and DeepSpeed makes some.
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(self._timeout, group)
+        bound_collectives(self._timeout)  # also of the groups that DeepSpeed has just made
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._own["step"] = state.global_step

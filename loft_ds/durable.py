@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 class CheckpointError(RuntimeError):
@@ -33,6 +35,15 @@ def all_gather(value: Any) -> list[Any]:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def bound_collectives(timeout: timedelta) -> None:
+    """Give the collectives of all process groups this time-out.
+
+    torch gives a group that is made later half an hour, whatever the first one was given, and DeepSpeed makes some.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextmanager

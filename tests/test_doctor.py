@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 from unittest import mock
 
+import psutil
 import pytest
 from launch_helpers import CONFIGS, ROOT, free_port, make_model
 from ranks import CONTEXT
@@ -25,7 +26,7 @@ def consult(rank, world, arguments, ill=None):
     own = arguments[rank] if isinstance(arguments[0], list) else arguments
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("socket.gethostname", lambda: f"node{rank}"))
+        stack.enter_context(mock.patch("socket.gethostname", return_value=f"node{rank}"))
         if ill is not None and rank == 1:
             stack.enter_context(ill())
         stack.enter_context(contextlib.redirect_stdout(said))
@@ -79,7 +80,7 @@ def wrong_sums():
 
 
 def little_memory():
-    return mock.patch("psutil.virtual_memory", lambda: mock.Mock(total=2 * 10**6))
+    return mock.patch("psutil.virtual_memory", return_value=psutil.virtual_memory()._replace(total=2 * 10**6))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Job:
     """Two ranks of launch/train.py, without a launcher that would end the one when the other ends.
 
     Args:
-        fault: Runs on rank ``who`` when step ``AT`` has ended.
+        faults: What a rank runs when step ``AT`` has ended.
         spaces: The network namespace of each rank.
     """
 
@@ -55,8 +55,7 @@ class Job:
         flags: list[str],
         out: Path,
         *extra: str,
-        fault: Callable[[Path], None] | None = None,
-        who: int = 1,
+        faults: dict[int, Callable[[Path], None]] | None = None,
         spaces: tuple[str, str] | None = None,
         address: str = "127.0.0.1",
     ) -> None:
@@ -66,7 +65,7 @@ class Job:
         self.ranks = [
             CONTEXT.Process(
                 target=_run,
-                args=(rank, environment, argv, log, fault if rank == who else None, out, spaces and spaces[rank]),
+                args=(rank, environment, argv, log, (faults or {}).get(rank), out, spaces and spaces[rank]),
             )
             for rank, log in enumerate(self._logs)
         ]
@@ -140,7 +139,7 @@ def terminate(out):
 
 
 def test_sigterm_on_one_rank_saves_and_stops_all(flags, tmp_path, uninterrupted):
-    job = Job(flags, tmp_path / "out", fault=terminate)
+    job = Job(flags, tmp_path / "out", faults={1: terminate})
     assert job.end() == [128 + signal.SIGTERM] * 2, job.said()
     assert job.said().count("SIGTERM reached rank 1: saved after step 6") == 1
     assert list(losses(tmp_path / "out")) == list(range(1, AT + 2))
@@ -152,14 +151,11 @@ def die(out):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_dies_is_named(flags, tmp_path, who):
-    job = Job(flags, tmp_path / "out", fault=die, who=who)
-    codes = job.end()
-    assert codes[who] == -signal.SIGKILL
-    assert codes[1 - who] == 1
+def test_the_first_rank_dies_and_is_named(flags, tmp_path):
+    job = Job(flags, tmp_path / "out", faults={0: die})
+    assert job.end() == [-signal.SIGKILL, 1], job.said()
     (error,) = job.errors()
-    assert f"rank {who} on " in error
+    assert error.startswith("train.py: error: rank 0 on ")
     assert f"died or was stopped after step {AT}: no sign of life for" in error
 
 
@@ -168,8 +164,17 @@ def hang(out):
         time.sleep(1)
 
 
+def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
+    """As on a GPU, where the process waits for the device and not for the collective."""
+    job = Job(flags, tmp_path / "out", faults={0: hang, 1: die})
+    assert job.end() == [1, -signal.SIGKILL], job.said()
+    (error,) = job.errors()
+    assert error.startswith("train.py: error: rank 1 on ")
+    assert f"died or was stopped after step {AT}: no sign of life for" in error
+
+
 def test_a_rank_that_hangs_is_named_and_ends_too(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", fault=hang)
+    job = Job(flags, tmp_path / "out", faults={1: hang})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert "rank 1 on " in error
@@ -181,7 +186,7 @@ def fail(out):
 
 
 def test_an_error_on_one_rank_is_the_one_that_is_told(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", fault=fail)
+    job = Job(flags, tmp_path / "out", faults={1: fail})
     assert job.end() == [1, 1], job.said()
     assert [line for line in job.errors() if line.startswith("train.py")] == [
         f"train.py: error: rank 1 on {os.uname().nodename}: ValueError: a batch of nothing"
@@ -213,7 +218,7 @@ def fill(out):
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(flags, small_disk, tmp_path, uninterrupted):
     out = small_disk / "out"
-    job = Job(flags, out, fault=fill)
+    job = Job(flags, out, faults={1: fill})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert f"{out}/" in error

@@ -332,7 +332,9 @@ def _distance(settings: dict[str, Any], seconds: int) -> float:
     for mine, theirs in zip(alone.parameters(), model.parameters(), strict=True):
         if mine.requires_grad:
             with deepspeed.zero.GatheredParameters([theirs], enabled=stage_of(settings) == 3):
-                squares.append(((theirs.detach().to(device) - mine).square().sum(), mine.detach().square().sum()))
+                squares.append(
+                    ((theirs.detach().to(device) - mine.detach()).square().sum(), mine.detach().square().sum())
+                )
     engine.destroy()
     difference, size = (float(torch.stack(each).sum().sqrt()) for each in zip(*squares, strict=True))
     return difference / size

@@ -48,7 +48,7 @@ def launch(optimizer: str, config: str, learning_rate: float, steps: int, ranks:
     extra = ["--output_dir", str(folder), "--disable_tqdm", "True"]
     commit = commit_of(ROOT)
     subprocess.run([executable, *command[1:], *extra], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    history = json.loads((folder / "log_history.json").read_text())
+    history = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     logged = [entry for entry in history if "loss" in entry]
     result = {
         "optimizer": optimizer,

@@ -103,5 +103,15 @@ def build(args: argparse.Namespace) -> tuple[LaunchArguments, TrainingArguments]
 
 
 def local_world_size() -> int:
-    """How many processes share this machine: torchrun and DeepSpeed's launcher name the variable differently."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    """How many processes share this machine."""
+    return _from_launcher("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", default=1)
+
+
+def rank() -> int:
+    """This process's number among all, before there is a process group."""
+    return _from_launcher("RANK", "OMPI_COMM_WORLD_RANK", default=0)
+
+
+def _from_launcher(*names: str, default: int) -> int:
+    """What the launcher says: torchrun, DeepSpeed's and Open MPI's name their variables differently."""
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), default))

@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapter: ``metrics.json``, ``log_history.json`` and ``loss.png``."""
+"""What a run leaves beside its adapter and its log: ``metrics.json`` and ``loss.png``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def series(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[flo
 
 
 def write_report(folder: Path, facts: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes the three files and gives back what ``metrics.json`` holds.
+    """Writes both files and gives back what ``metrics.json`` holds.
 
     Args:
         folder: The run's output folder.
@@ -46,7 +46,6 @@ def write_report(folder: Path, facts: dict[str, Any], history: list[dict[str, An
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (folder / "log_history.json").write_text(json.dumps(history, indent=1) + "\n")
     draw_losses(folder / "loss.png", {"training": series(history, "loss")}, {"held out": series(history, "eval_loss")})
     return metrics
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
 
 import datasets
 import deepspeed
@@ -24,16 +27,21 @@ import torch
 import transformers
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import logger as deepspeed_logger
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from arguments import LaunchArguments, Optimizer, build, local_world_size, parse
+from arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank
 from assets import MODEL_NAME, TEXT_NAME, default_model
-from checks import LaunchError, check_adapters, check_loft_settings, read_deepspeed_json
+from checks import LaunchError, check_adapters
 from data import blocks, read_documents, tokenize
-from loft_ds.durable import CheckpointError
-from loft_ds.hf import LoFTTrainer
+from faults import Watch
+from loft_ds import CheckpointError, SaveOnSIGTERM
+from loft_ds.settings import SettingsError, check_loft_settings, read_deepspeed_json
+from logs import LOG, LoggedTrainer
 from report import write_report
+
+# As a shell reports a process that SIGTERM ended: the job was stopped, is saved, and is to be started again.
+STOPPED = 128 + signal.SIGTERM
 
 
 def discover_mpi_ranks() -> None:
@@ -69,7 +77,8 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries, nothing a user can change
     deepspeed_logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
-    if int(os.environ.get("RANK", 0)) > 0:
+    if rank() > 0:
+        warnings.filterwarnings("ignore", category=UserWarning)  # rank 0 says the same
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         deepspeed_logger.setLevel(logging.ERROR)
@@ -89,7 +98,8 @@ def train(argv: list[str] | None = None) -> None:
     """Runs the job that a command line describes.
 
     Raises:
-        LaunchError: If the command line, or a file that it names, is at fault.
+        SettingsError: If the command line, or a file that it names, is at fault.
+        SystemExit: With the status ``STOPPED``, on all ranks, if SIGTERM reached one while it trained.
     """
     parsed = parse(argv)
 
@@ -125,16 +135,69 @@ def train(argv: list[str] | None = None) -> None:
     args, training_args = build(parsed)
     if training_args.deepspeed:
         # On a CPU the Trainer starts torch.distributed alone, and loading under stage 3 would count one process.
-        deepspeed.init_distributed(verbose=False)
-    transformers.set_seed(training_args.seed)  # the same adapters on every rank
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=training_args.ddp_timeout))
+    with Watch(training_args.output_dir, training_args.ddp_timeout) as watch:
+        transformers.set_seed(training_args.seed)  # the same adapters on every rank
+        model = load_model(source, lora, args, training_args)
+        stop = SaveOnSIGTERM()
+        trainer = LoggedTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_blocks,
+            eval_dataset=eval_blocks,
+            processing_class=tokenizer,
+            use_loft=args.optimizer is Optimizer.LOFT,
+            callbacks=[watch, stop],
+        )
+        resume = training_args.resume_from_checkpoint
+        if resume in ("True", "true"):  # the last whole one, or none yet: the same command starts and restarts a job
+            resume = trainer.last_checkpoint()
+        trainer.train(resume_from_checkpoint=resume)
+        if stop.sent_to is not None:
+            leave_saved(trainer, stop.sent_to)
+        trainer.save_model()  # first: whatever happens later, the weights are there
+        trainer.evaluate()
+        if trainer.is_world_process_zero():
+            facts = describe(args, training_args, model)
+            facts |= {"train_blocks": len(train_blocks), "eval_blocks": len(eval_blocks)}
+            report(Path(training_args.output_dir), facts, trainer.state.log_history)
+
+
+def load_model(
+    source: str, lora: LoraConfig | None, args: LaunchArguments, training_args: TrainingArguments
+) -> PreTrainedModel | PeftModel:
+    """The model to train, with its adapters if it gets any."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype(args, training_args))
     model.config.use_cache = False
     if lora is not None:
         model = get_peft_model(model, lora)
         if training_args.gradient_checkpointing:
             model.enable_input_require_grads()
+    return model
 
-    facts = {
+
+def leave_saved(trainer: LoggedTrainer, sent_to: int) -> NoReturn:
+    """Ends this process once all ranks have saved, after SIGTERM reached the rank ``sent_to``."""
+    step = trainer.state.global_step
+    if trainer.is_world_process_zero():
+        print(
+            f"SIGTERM reached rank {sent_to}: saved after step {step}. The same command with "
+            "--resume_from_checkpoint True goes on from there.",
+            flush=True,
+        )
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # some launchers end all ranks as soon as one has ended
+    sys.exit(STOPPED)
+
+
+def describe(
+    args: LaunchArguments, training_args: TrainingArguments, model: PreTrainedModel | PeftModel
+) -> dict[str, Any]:
+    """What the run was, for ``metrics.json``."""
+    adapted = args.optimizer is not Optimizer.FULL
+    # Under stage 3 a parameter shows its own share only, and ds_numel the whole.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return {
         "model": args.model_name_or_path or MODEL_NAME,
         "text": args.train_file or args.dataset_name or TEXT_NAME,
         "optimizer": args.optimizer.value,
@@ -143,36 +206,20 @@ def train(argv: list[str] | None = None) -> None:
         "device": str(training_args.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "learning_rate": training_args.learning_rate,
-        "lora_rank": lora and lora.r,
-        "lora_alpha": lora and lora.lora_alpha,
+        "lora_rank": args.lora_rank if adapted else None,
+        "lora_alpha": args.lora_alpha if adapted else None,
         "block_size": args.block_size,
-        "train_blocks": len(train_blocks),
-        "eval_blocks": len(eval_blocks),
-        # Under stage 3 a parameter shows its own share only, and ds_numel the whole.
-        "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+        "parameters": sum(size for size, _ in sizes),
     }
-    trainer = LoFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        use_loft=args.optimizer is Optimizer.LOFT,
-    )
-    resume = training_args.resume_from_checkpoint
-    try:
-        trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)  # True: the last whole one
-    except CheckpointError:
-        trainer.train()
-    trainer.save_model()  # first: whatever happens later, the weights are there
-    trainer.evaluate()
-    if trainer.is_world_process_zero():
-        folder = Path(training_args.output_dir)
-        metrics = write_report(folder, facts, trainer.state.log_history)
-        before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
-        change = f"{before:.4f} -> {after:.4f}" if before is not None else f"{after:.4f}"
-        print(f"Held-out loss {change} after {metrics['steps']} steps. Weights, metrics.json and loss.png: {folder}")
+
+
+def report(folder: Path, facts: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Writes the report and says in one line how it went."""
+    metrics = write_report(folder, facts, history)
+    before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
+    change = f"{before:.4f} -> {after:.4f}" if before is not None else f"{after:.4f}"
+    print(f"Held-out loss {change} after {metrics['steps']} steps. Weights, {LOG}, metrics.json and loss.png: {folder}")
 
 
 def main() -> None:
@@ -185,7 +232,7 @@ def main() -> None:
         discover_mpi_ranks()
         prepare_process()
         train()
-    except LaunchError as error:
+    except (SettingsError, CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
     finally:
         if torch.distributed.is_initialized():

@@ -3,7 +3,7 @@
 from .checkpoint import load_checkpoint, save_checkpoint
 from .durable import CheckpointError
 from .export import export_adapter
-from .hf import LoFT, LoFTMixin, LoFTTrainer
+from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
 from .optimizer import LoFTAdamW
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LoFTAdamW",
     "LoFTMixin",
     "LoFTTrainer",
+    "SaveOnSIGTERM",
     "export_adapter",
     "load_checkpoint",
     "save_checkpoint",

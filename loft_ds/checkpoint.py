@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .durable import (
@@ -35,9 +34,10 @@ from .durable import (
     first_rank,
     read_json,
     replace,
-    sync,
     together,
     write_json,
+    write_tensors,
+    write_text,
 )
 from .factors import shape_of
 from .optimizer import LoFTAdamW
@@ -77,20 +77,15 @@ def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
     with together():
         written = {}
         if _writes(layout):
-            save_file(_local_tensors(optimizer, layout), beside / name)
-            sync(beside / name)
-            written[name] = digest(beside / name)
+            written[name] = write_tensors(beside / name, _local_tensors(optimizer, layout))
     files = {name: digest for part in all_gather(written) for name, digest in part.items()}
     with together():
         if first_rank():
             if engine is not None and (buffers := _buffers(engine.module)):
-                save_file(buffers, beside / "buffers.safetensors")
-                sync(beside / "buffers.safetensors")
-                files["buffers.safetensors"] = digest(beside / "buffers.safetensors")
+                files["buffers.safetensors"] = write_tensors(beside / "buffers.safetensors", buffers)
             write_json(beside / "manifest.json", {**_manifest(optimizer, layout, engine), "files": files})
             replace(beside, final)
-            (directory / "latest.partial").write_text(tag)
-            sync(directory / "latest.partial")
+            write_text(directory / "latest.partial", tag)
             replace(directory / "latest.partial", directory / "latest")
     return final
 

@@ -8,10 +8,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 class CheckpointError(RuntimeError):
@@ -30,6 +35,15 @@ def all_gather(value: Any) -> list[Any]:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def bound_collectives(timeout: timedelta) -> None:
+    """Give the collectives of all process groups this time-out.
+
+    torch gives a group that is made later half an hour, whatever the first one was given, and DeepSpeed makes some.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextmanager
@@ -56,11 +70,43 @@ def digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk in this block say which file it was: a full disk's own do not.
+
+    Raises:
+        CheckpointError: in place of an error of the operating system, of safetensors or of ``torch.save``.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save's is a RuntimeError that names the line of its writer.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file, sync, and give its digest."""
+    with naming(path):
+        save_file(tensors, path)
+        sync(path)
+    return digest(path)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object with a digest of itself, and sync."""
     body = json.dumps(content, sort_keys=True)
-    path.write_text(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}))
-    sync(path)
+    write_text(path, json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, and sync."""
+    with naming(path):
+        path.write_text(text)
+        sync(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from .checkpoint import last_tag, load_checkpoint, save_checkpoint
-from .durable import CheckpointError
+from .durable import CheckpointError, all_gather, naming
 from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
 
@@ -101,9 +111,31 @@ class LoFTMixin(Base):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True and self._own_checkpoints:
-            resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.last_checkpoint()
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"{self.args.output_dir}: holds no whole checkpoint to resume from")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def last_checkpoint(self) -> str | None:
+        """The last checkpoint in the output folder that was written to its end, as the first rank sees it; None where
+        there is none. A collective.
+        """
+        folders = [c for c in Path(self.args.output_dir).glob("checkpoint-*") if self._is_whole(c)]
+        last = max(folders, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
+        found: str | None = all_gather(last and str(last))[0]
+        return found
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last, and not aside
+        except (OSError, ValueError):
+            return False
+        return not self._own_checkpoints or last_tag(folder) is not None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with naming(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._own_checkpoints:
@@ -140,12 +172,42 @@ class LoFTMixin(Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
 
-def _last_whole_checkpoint(folder: Path) -> str:
-    """The last of the Trainer's ``checkpoint-<n>`` folders that a crash did not cut short."""
-    whole = [c for c in folder.glob("checkpoint-*") if (c / TRAINER_STATE_NAME).is_file() and last_tag(c) is not None]
-    if not whole:
-        raise CheckpointError(f"{folder}: holds no whole checkpoint to resume from")
-    return str(max(whole, key=lambda c: int(c.name.rsplit("-", 1)[1])))
+class SaveOnSIGTERM(TrainerCallback):
+    """On SIGTERM, which schedulers send before they take a machine away: save when the step ends, and stop training.
+
+    The signal may reach one rank only, or each in another step, and saving is a collective. So all ranks agree when a
+    step ends: an all-reduce of one number, at a moment when LoFT has just waited for the device anyway. (The
+    Trainer's own ``enable_jit_checkpoint`` asks nobody.)
+
+    Attributes:
+        sent_to: a rank that the signal reached, the same on all ranks; None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.sent_to: int | None = None
+        self._received = False
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        word = torch.tensor(args.process_index + 1 if self._received else 0, device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(word, dist.ReduceOp.MAX)
+        if word.item():
+            self.sent_to = int(word) - 1
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the time until SIGKILL is short
 
 
 class LoFTTrainer(LoFTMixin, Trainer):

@@ -51,6 +51,17 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def fill_disk(disk: Path) -> Path:
+    """Writes a file until the disk is full."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return filler
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as listener:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch_helpers import fill_disk
 from models import Bomb, batch, odd_model, relative, trained, two_groups
 from ranks import CONTEXT
 from safetensors.torch import load_file
@@ -234,6 +235,20 @@ def test_a_rank_killed_in_a_save(ranks, tmp_path, kill_at):
         ranks(2)(run, 3, 4, resume=tmp_path, save=tmp_path, kill_at=kill_at)
     assert loft_ds.checkpoint.last_tag(tmp_path) == "global_step2"
     assert close(ranks(2)(run, 3, STEPS, resume=tmp_path)[0][0], uninterrupted())
+
+
+@pytest.mark.parametrize("left", range(0, 5 * 4096, 4096))
+def test_a_full_disk_names_the_file_and_leaves_the_checkpoint_before(small_disk, left):
+    """Whatever is left of the disk: nothing, the room for a folder, for one file, for most of them."""
+    plain(2, save=small_disk)
+    filler = fill_disk(small_disk)
+    os.truncate(filler, filler.stat().st_size - left)
+    with pytest.raises((CheckpointError, OSError), match="No space left") as error:
+        plain(4, resume=small_disk, save=small_disk)
+    assert str(small_disk / ".global_step4.partial") in str(error.value)
+    assert loft_ds.checkpoint.last_tag(small_disk) == "global_step2"
+    filler.unlink()
+    assert same(plain(STEPS, resume=small_disk), uninterrupted())
 
 
 # --- damage and strangers ---

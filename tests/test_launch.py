@@ -13,13 +13,16 @@ import torch
 from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 import train
 from arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
-from checks import LaunchError, read_deepspeed_json
+from checks import LaunchError
 from data import blocks, read_documents, tokenize
+from loft_ds.settings import SettingsError, read_deepspeed_json
+from logs import read_log
 
 CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "an apple"}]
 
@@ -247,7 +250,7 @@ def settings(tmp_path: Path, change=None, name: str = "zero2") -> str:
 )
 def test_a_bad_setting_is_named(tmp_path, text, change, message, no_weights):
     path = settings(tmp_path, change)
-    with pytest.raises(LaunchError) as error:
+    with pytest.raises(SettingsError) as error:
         train.train(["--deepspeed", path, "--train_file", str(text)])
     assert "\n" not in str(error.value)
     assert error.match(message.replace("?", r"\?"))
@@ -283,7 +286,7 @@ def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
     file = tmp_path / "ds.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(LaunchError, match=message) as error:
+    with pytest.raises(SettingsError, match=message) as error:
         train.train(["--deepspeed", str(file)])
     assert str(file) in str(error.value)
 
@@ -327,7 +330,7 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         train.main()
     # A string as the code: Python prints it on stderr and exits with status 1.
-    assert stop.value.code == f"train.py: error: --deepspeed {tmp_path}/missing.json: no such file"
+    assert stop.value.code == f"train.py: error: {tmp_path}/missing.json: no such file"
 
 
 # --- all of it
@@ -337,23 +340,38 @@ def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model,
     out = tmp_path / "out"
     command = [
         *(str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"),
-        *("--master_port", str(free_port()), "launch/train.py"),  # not the usual one: other jobs may run here
+        *("--master_port", str(free_port())),  # not the usual one: other jobs may run here
+        *("--enable_each_rank_log", str(tmp_path / "ranks"), "launch/train.py"),
         *("--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", str(model), "--train_file", str(text)),
         *("--max_steps", "6", "--block_size", "32", "--lora_rank", "4", "--learning_rate", "1e-2"),
-        *("--output_dir", str(out)),
+        *("--output_dir", str(out), "--report_to", "tensorboard"),
     ]
     environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("Held-out loss") == 1  # rank 0 speaks, rank 1 does not
+    first, second = (file.read_text() for file in sorted((tmp_path / "ranks").iterdir()))
+    assert first.count("Held-out loss") == 1
+    # DeepSpeed says this one while it is imported.
+    assert [line for line in second.splitlines() if "Setting accelerator to CPU" not in line] == []
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["optimizer"] == "loft"
     assert metrics["world_size"] == 2
     assert metrics["steps"] == 6
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
-    history = json.loads((out / "log_history.json").read_text())
-    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    log = [entry for entry in read_log(out) if "loss" in entry]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    for entry in log:
+        assert entry["grad_norm"] > 0
+        assert 0 < entry["optimizer_share"] < 1
+        # Two ranks with two sequences of 32 tokens each.
+        assert entry["tokens_per_second"] * entry["step_time"] == pytest.approx(2 * 2 * 32)
+    shown = EventAccumulator(str(next(out.glob("runs/*")))).Reload()
+    for key in ("loss", "grad_norm", "step_time", "tokens_per_second", "optimizer_share"):
+        scalars = shown.Scalars(f"train/{key}")
+        # TensorBoard keeps float32.
+        assert [(s.step, s.value) for s in scalars] == [(e["step"], pytest.approx(e[key], rel=1e-6)) for e in log]
+    assert not (out / ".ranks").exists()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     weights = load_file(out / "adapter_model.safetensors")

@@ -1,6 +1,5 @@
 """A job that is killed in mid-run and goes on with another number of ranks, through the real launcher."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
+
+from logs import read_log
 
 STEPS, SAVE = 40, 5
 
@@ -32,8 +33,7 @@ def command(folder, model, text, ranks, *flags):
 
 
 def losses(folder):
-    history = json.loads((folder / "log_history.json").read_text())
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}
 
 
 def test_killed_and_restarted_on_another_number_of_ranks(tmp_path):

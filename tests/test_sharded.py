@@ -99,6 +99,44 @@ def test_from_pefts_zero(ranks, stage):
             assert not torch.equal(single.params[name], start[name])
 
 
+def in_small_buckets(rank, world, ahead):
+    """A run at stage 3 with a bucket a factor, and what began and ended in it, in order."""
+    from unittest import mock
+
+    from loft_ds.sharding import exchange, sharded
+
+    events = []
+    start = exchange.Exchange.start
+
+    def started(self, *args):
+        events.append("began")
+        wait = start(self, *args)
+
+        def finish():
+            events.append("ended")
+            return wait()
+
+        return finish
+
+    with (
+        mock.patch.object(sharded, "rounds_of", lambda factors: {f: place for place, f in enumerate(factors)}),
+        mock.patch.object(sharded, "one_ahead", sharded.one_ahead if ahead else lambda waits: (w() for w in waits)),
+        mock.patch.object(exchange.Exchange, "start", started),
+    ):
+        return train_sharded(rank, world, 3, 3, betas=BETAS).params, events
+
+
+def test_buckets_are_gathered_one_ahead(ranks):
+    """The next bucket is under way while one is worked on, never two; and not a bit of the result depends on it."""
+    overlapping, plainly = (ranks(3)(in_small_buckets, ahead) for ahead in (True, False))
+    for (ours, events), (theirs, in_turn) in zip(overlapping, plainly, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert in_turn == ["began", "ended"] * (len(in_turn) // 2), "the comparison overlaps too"
+        under_way = [events[: i + 1].count("began") - events[: i + 1].count("ended") for i in range(len(events))]
+        assert max(under_way) == 2
+        assert under_way[-1] == 0
+
+
 def largest_allocation(rank, world):
     """The largest tensor that a rank's third and fourth step allocate, and the whole second moment, in bytes."""
     import deepspeed

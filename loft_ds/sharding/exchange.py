@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -187,11 +187,21 @@ class Exchange:
             group: the ranks that share them.
             device: where the group's backend wants its buffers (offloaded state lies on the CPU, NCCL does not).
         """
+        return self.start(local, group, device)()
+
+    def start(self, local: Tensor, group: dist.ProcessGroup, device: torch.device) -> Callable[[], Tensor]:
+        """Begin :meth:`__call__`; what is returned waits for its end and gives the result."""
         sent = local.index_select(0, self.send.index(local.device)).to(device)
         received = sent.new_empty(sum(self.receive_counts), local.shape[1])
-        dist.all_to_all_single(received, sent, self.receive_counts, self.send_counts, group=group)
-        result = torch.empty_like(received, device=local.device)
-        return result.index_copy_(0, self.receive.index(local.device), received.to(local.device))
+        counts = self.receive_counts, self.send_counts
+        work = dist.all_to_all_single(received, sent, *counts, group=group, async_op=True)
+        return functools.partial(self._finish, work, sent, received, local.device)
+
+    def _finish(self, work: dist.Work, sent: Tensor, received: Tensor, device: torch.device) -> Tensor:
+        """``sent`` is here to live as long as the exchange is under way."""
+        work.wait()
+        result = torch.empty_like(received, device=device)
+        return result.index_copy_(0, self.receive.index(device), received.to(device))
 
     def back(self, result: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """Carry what became of a result to where its elements came from."""

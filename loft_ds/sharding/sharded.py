@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from ..factors import Factor
 from .exchange import Cut, Partition, blocks_of, divide_rows, members_of, plan_gather, plan_rows
 from .layout import Group, Layout, Rows, Share, Slice
+
+T = TypeVar("T")
 
 # Partner rows are gathered in buckets of at most this size a layer of the model: no rank ever holds all adapters in
 # float32. At most two layers of the model are shared by a rank and others.
@@ -53,6 +57,17 @@ def rounds_of(factors: Sequence[Factor]) -> dict[Factor, int]:
             filled[factor.side, factor.rank] = number, size + weight
             rounds[factor] = number
     return rounds
+
+
+def one_ahead(started: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each of these gives, while the next one is under way already: never more than two of them are."""
+    last: Callable[[], T] | None = None
+    for wait in started:
+        if last is not None:
+            yield last()
+        last = wait
+    if last is not None:
+        yield last()
 
 
 class Sharded(Layout):
@@ -193,7 +208,12 @@ class Sharded(Layout):
         return Share(self._rows, others)
 
     def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
-        yield {f: self._rows[f.partner].values for f in moving if self.in_one_place(f) and len(self._rows[f].values)}
+        return one_ahead(self._gathers(moving))
+
+    def _gathers(self, moving: Sequence[Factor]) -> Iterator[Callable[[], dict[Factor, Tensor]]]:
+        """Begins the exchange of a bucket, and yields what waits for it."""
+        here = {f: self._rows[f.partner].values for f in moving if self.in_one_place(f) and len(self._rows[f].values)}
+        yield lambda: here
         buckets: dict[tuple[int, int], list[Factor]] = defaultdict(list)
         for factor in moving:
             if not self.in_one_place(factor):  # that nobody here needs a bucket does not spare the others' collective
@@ -204,18 +224,20 @@ class Sharded(Layout):
             exchange = plan_gather([self._partitions[f] for f in bucket], partners, self.rank, self.world)
             rows = [self._rows[f.partner].values for f in bucket]
             local = torch.cat(rows) if rows else self._rows[moving[0]].values.new_empty(0, width)
-            received = exchange(local, self._group, self._device)
-            place = 0
-            wholes = {}
-            for factor in bucket:
-                if len(self._rows[factor].values) == 0:
-                    continue
-                if self._partitions[factor.partner].owned.whole == self.rank:
-                    wholes[factor] = self._rows[factor.partner].values
-                else:
-                    wholes[factor] = received[place : place + factor.partner.count]
-                    place += factor.partner.count
-            yield wholes
+            yield partial(self._partners_of, bucket, exchange.start(local, self._group, self._device))
+
+    def _partners_of(self, bucket: Sequence[Factor], received: Callable[[], Tensor]) -> dict[Factor, Tensor]:
+        wholes = {}
+        rows, place = received(), 0
+        for factor in bucket:
+            if len(self._rows[factor].values) == 0:
+                continue
+            if self._partitions[factor.partner].owned.whole == self.rank:
+                wholes[factor] = self._rows[factor.partner].values
+            else:
+                wholes[factor] = rows[place : place + factor.partner.count]
+                place += factor.partner.count
+        return wholes
 
     def concerns(self, factor: Factor) -> bool:
         return self.rank in self._members[factor]

@@ -78,6 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         logging_steps=1,
         save_strategy="no",
         eval_on_start=True,
+        log_on_each_node=False,  # one rank speaks for the job, not one a host
     )
     args = parser.parse_args(argv)
     args.optimizer = Optimizer(args.optimizer)

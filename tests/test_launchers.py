@@ -326,6 +326,7 @@ def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_
     until(lambda: over(number), "end of the job")
     assert job(number)["JobState"] == "COMPLETED", (tmp_path / f"{number}.out").read_text()
     assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
+    assert "saved after step" in (tmp_path / f"{number}.out").read_text()
     rehearsal.check(run, 2)
 
     cancelled = submit("--nodes=1", "--ntasks=1")

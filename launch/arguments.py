@@ -53,6 +53,14 @@ class LaunchArguments:
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear layers."}
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of parameters that get adapters as well: experts', as in mlp.experts.gate_up_proj."},
+    )
+    offload_second_moment: bool = field(
+        default=False,
+        metadata={"help": "Keep LoFT's second moments in CPU memory; once a turn they pass through the GPU in chunks."},
+    )
     block_size: int = field(default=128, metadata={"help": "Tokens in one training sequence."})
     eval_fraction: float = field(
         default=0.05, metadata={"help": "The part of the text, from its end, that is held out of training."}

@@ -28,8 +28,13 @@ def check_adapters(config: PretrainedConfig, lora: LoraConfig) -> None:
     """
     try:
         with init_empty_weights():
+            base = AutoModelForCausalLM.from_config(config)
+            names = [f".{name}" for name, _ in base.named_parameters()]
+            for wanted in lora.target_parameters or []:  # of these PEFT takes what there is
+                if not any(name.endswith(f".{wanted}") for name in names):
+                    raise LaunchError(f"--target_parameters {wanted}: the model has no such parameter")
             # PEFT fills in the config that it is given.
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
+            model = get_peft_model(base, copy.deepcopy(lora))
     except ValueError as error:  # PEFT's word for "no such layer" or "no such rank"
         raise LaunchError(str(error).splitlines()[0]) from error
     for name, layer in model.named_modules():

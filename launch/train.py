@@ -104,6 +104,8 @@ def train(argv: list[str] | None = None) -> None:
     parsed = parse(argv)
 
     # First everything that can be wrong without a process group, then without the weights.
+    if parsed.offload_second_moment and parsed.optimizer is not Optimizer.LOFT:
+        raise LaunchError(f"--offload_second_moment is LoFT's: --optimizer {parsed.optimizer.value} has no such state")
     if parsed.deepspeed:
         settings = read_deepspeed_json(parsed.deepspeed)
         if parsed.optimizer is Optimizer.LOFT:
@@ -121,6 +123,7 @@ def train(argv: list[str] | None = None) -> None:
             r=parsed.lora_rank,
             lora_alpha=parsed.lora_alpha,
             target_modules=parsed.target_modules or "all-linear",
+            target_parameters=parsed.target_parameters,
             task_type="CAUSAL_LM",
         )
         check_adapters(config, lora)
@@ -147,6 +150,7 @@ def train(argv: list[str] | None = None) -> None:
             eval_dataset=eval_blocks,
             processing_class=tokenizer,
             use_loft=args.optimizer is Optimizer.LOFT,
+            loft_kwargs={"offload_second_moment": args.offload_second_moment},
             callbacks=[watch, stop],
         )
         resume = training_args.resume_from_checkpoint

@@ -39,7 +39,7 @@ from .durable import (
     write_tensors,
     write_text,
 )
-from .factors import shape_of
+from .factors import Factor, shape_of
 from .optimizer import LoFTAdamW
 from .sharding import Layout
 
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 FORMAT = 1
-# What a factor's state holds a row of each feature row of; the rest is small and the same on every rank.
+# What a factor's state holds a row of each feature row of, in its last dimension but one; the rest is small and the
+# same on every rank.
 ROW_STATE = ("momentum", "second_moment", "pending", "previous")
 FLAT_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -223,7 +224,7 @@ def _description(name: str, optimizer: LoFTAdamW) -> dict[str, Any]:
     factor, shape = optimizer.trainable.factor_by_name.get(name), list(shape_of(optimizer.trainable.parameters[name]))
     if factor is None:
         return {"role": "other", "shape": shape}
-    return {"role": factor.side, "shape": shape, "partner": factor.partner.name}
+    return {"role": factor.side, "shape": shape, "experts": factor.experts, "partner": factor.partner.name}
 
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -278,8 +279,8 @@ def _compare(manifest: dict[str, Any], optimizer: LoFTAdamW, folder: Path) -> No
         if name not in own:
             raise CheckpointError(f"{file}: has {name}, which this model does not train")
         for key, value in _description(name, optimizer).items():
-            if saved[name][key] != value:
-                raise CheckpointError(f"{file}: {name} has {key} {saved[name][key]}, in this model {value}")
+            if saved[name].get(key) != value:
+                raise CheckpointError(f"{file}: {name} has {key} {saved[name].get(key)}, in this model {value}")
     if [group["parameters"] for group in manifest["groups"]] != _group_names(optimizer):
         raise CheckpointError(f"{file}: its parameters are in {len(manifest['groups'])} other groups than here")
 
@@ -304,31 +305,35 @@ def _read(
     start, stop = int(bounds[layout.rank]), int(bounds[layout.rank + 1])
     world = manifest["world"]
 
-    def part(kind: str, pieces: list[int], first: int, last: int) -> Tensor:
-        return _read_range(files, world, f"{name}|{kind}", pieces, first, last).to(held.device)
+    def part(kind: str, pieces: list[int], first: int, last: int, empty: tuple[int, ...] = (0,)) -> Tensor:
+        found = _read_range(files, world, f"{name}|{kind}", pieces, first, last, empty)
+        return optimizer.place(kind, found, held.device)
 
-    values = part("values", saved["held"], start, stop).view(-1)
+    values = part("values", saved["held"], start, stop)
     if not saved["state"]:
         return values, {}
     state: dict[str, Any] = {"step": saved["step"]}
     if factor is None:
         state["start"] = start
-        state.update({kind: part(kind, saved["held"], start, stop).view(-1) for kind in FLAT_STATE})
+        state.update({kind: part(kind, saved["held"], start, stop) for kind in FLAT_STATE})
         return values, state
     row_bounds = layout.row_bounds(factor)
     start, stop = int(row_bounds[layout.rank]), int(row_bounds[layout.rank + 1])
     state["start"] = start
     for kind in ROW_STATE:
         if kind in saved["state"]:
-            rows = part(kind, saved["rows"], start, stop)
-            width = factor.rank
-            if kind == "second_moment" and optimizer.second_moment == "matrix":
-                width = factor.rank * (factor.rank + 1) // 2
-            state[kind] = rows.view(stop - start, width)
+            state[kind] = part(kind, saved["rows"], start, stop, _row_shape(factor, kind, optimizer))
     if layout.concerns(factor):
         owner = _file_name(_first_owner(saved["rows"]), world)
-        state["basis"] = files.read(owner, f"{name}|basis", 0, factor.rank).to(held.device)
+        state["basis"] = files.read(owner, f"{name}|basis", slice(None)).to(held.device)
     return values, state
+
+
+def _row_shape(factor: Factor, kind: str, optimizer: LoFTAdamW) -> tuple[int, ...]:
+    """Of a kind of a factor's state where this rank has no rows: (0, .), or (E, 0, .) of E experts."""
+    packed = kind == "second_moment" and optimizer.second_moment == "matrix"
+    width = factor.rank * (factor.rank + 1) // 2 if packed else factor.rank
+    return (0, width) if factor.experts == 1 else (factor.experts, 0, width)
 
 
 def _first_owner(row_bounds: list[int]) -> int:
@@ -336,16 +341,19 @@ def _first_owner(row_bounds: list[int]) -> int:
     return next(rank for rank, stop in enumerate(row_bounds[1:]) if stop > 0)
 
 
-def _read_range(files: _Files, world: int, key: str, pieces: list[int], start: int, stop: int) -> Tensor:
-    """``[start, stop)`` along the first dimension of a tensor of which rank q of ``world`` wrote
-    ``[pieces[q], pieces[q + 1])``.
+def _read_range(
+    files: _Files, world: int, key: str, pieces: list[int], start: int, stop: int, empty: tuple[int, ...]
+) -> Tensor:
+    """``[start, stop)`` of a tensor of which rank q of ``world`` wrote ``[pieces[q], pieces[q + 1])``: in the dimension
+    in which ``empty``, the shape of nothing of it, is 0.
     """
-    parts = []
+    dim, parts = empty.index(0), []
     for rank in range(world):
         low, high = max(start, pieces[rank]), min(stop, pieces[rank + 1])
         if low < high:
-            parts.append(files.read(_file_name(rank, world), key, low - pieces[rank], high - pieces[rank]))
-    return torch.cat(parts) if parts else torch.empty(0)
+            within = slice(low - pieces[rank], high - pieces[rank])
+            parts.append(files.read(_file_name(rank, world), key, *[slice(None)] * dim, within))
+    return torch.cat(parts, dim) if parts else torch.empty(empty)
 
 
 class _Files:
@@ -360,13 +368,13 @@ class _Files:
             self._opened[name] = safe_open(self._folder / name, framework="pt")
         return self._opened[name]
 
-    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """``[start, stop)`` along the first dimension of one tensor of a file.
+    def read(self, name: str, key: str, *index: slice) -> Tensor:
+        """Some of one tensor of a file.
 
         A copy, aligned as all of torch's own tensors are: on some CPUs matrix products round by alignment.
         """
         try:
-            part: Tensor = self._open(name).get_slice(key)[start:stop].clone()
+            part: Tensor = self._open(name).get_slice(key)[index].clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._folder / name}: {error}") from error
         return part

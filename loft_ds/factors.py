@@ -24,14 +24,18 @@ def shape_of(param: Tensor) -> torch.Size:
 
 @dataclass(eq=False)
 class Factor:
-    """One factor of a pair: ``A`` (r, n) or ``B`` (m, r), seen as ``count`` feature rows of length ``rank``.
+    """One factor of a pair: ``A`` (r, n) or ``B`` (m, r), seen as ``count`` feature rows of length ``width``.
+
+    PEFT keeps the pairs of a layer's experts in one parameter, ``A`` (E r, n) and ``B`` (m, r E). A feature row is then
+    that of all E pairs. Rows are sharded, sent and stored as they are; the arithmetic is each pair's own.
 
     Attributes:
         name: the parameter's name in the model.
         param: the model's own parameter.
         side: which factor it is.
         count: k, its number of feature rows: n for ``A``, m for ``B``.
-        rank: r.
+        rank: r, of one pair.
+        experts: E, how many pairs the parameter holds.
         partner: the other factor of the pair.
     """
 
@@ -42,11 +46,17 @@ class Factor:
     rank: int
     layer: LoraLayer = field(repr=False)
     adapter: str
+    experts: int = 1
     partner: Factor = field(init=False, repr=False)
 
     @property
+    def width(self) -> int:
+        """Numbers in a feature row, E r."""
+        return self.experts * self.rank
+
+    @property
     def numel(self) -> int:
-        return self.count * self.rank
+        return self.count * self.width
 
     @property
     def scaling(self) -> float:
@@ -54,8 +64,20 @@ class Factor:
         return float(self.layer.scaling[self.adapter])
 
     def rows_of(self, matrix: Tensor) -> Tensor:
-        """The feature rows (k, r) of this factor as a view of a tensor of the factor's own shape."""
+        """The feature rows (k, E r) of this factor as a view of a tensor of the factor's own shape."""
         return matrix.T if self.side == "A" else matrix
+
+    def pairs_of(self, rows: Tensor) -> Tensor:
+        """Rows (k, E r) as those of each pair, a view (E, k, r); of a single pair (k, r) they are that already.
+
+        PEFT's ``A`` has the experts one after the other, its ``B`` has them innermost (``ParamWrapper`` in its
+        tuners/lora/layer.py, get_delta_weight).
+        """
+        if self.experts == 1:
+            return rows
+        if self.side == "A":
+            return rows.unflatten(1, (self.experts, self.rank)).movedim(1, 0)
+        return rows.unflatten(1, (self.rank, self.experts)).movedim(2, 0)
 
 
 @dataclass(frozen=True)
@@ -93,8 +115,6 @@ def _pair_of(layer: LoraLayer, adapter: str, names: dict[nn.Parameter, str]) -> 
         return None
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__.removesuffix("Variant")
-    if isinstance(layer, ParamWrapper):
-        return "target_parameters"
     if adapter not in layer.lora_A or adapter not in layer.lora_B:
         return f"lora.{type(layer).__name__}"
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -110,12 +130,16 @@ def _pair_of(layer: LoraLayer, adapter: str, names: dict[nn.Parameter, str]) -> 
             f"{frozen} of {names[b if trainable[1] else a]} is frozen and its partner is not: "
             "LoFT moves a pair as one matrix. Train both or neither."
         )
-    (rank, n), (m, _) = shape_of(a), shape_of(b)
+    # A ParamWrapper adapts a parameter and not a layer: one matrix, or one for each expert, whichever way round it is
+    # stored, for AdamW treats each number by itself.
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    (width, n), (m, _) = shape_of(a), shape_of(b)
+    rank = width // experts
     if rank > min(m, n):
         # T has fewer directions than columns then, and which ones is decided by rounding.
         return f"rank {rank} in a layer of {n} inputs and {m} outputs"
-    factor_a = Factor(names[a], a, "A", n, rank, layer, adapter)
-    factor_b = Factor(names[b], b, "B", m, rank, layer, adapter)
+    factor_a = Factor(names[a], a, "A", n, rank, layer, adapter, experts)
+    factor_b = Factor(names[b], b, "B", m, rank, layer, adapter, experts)
     factor_a.partner, factor_b.partner = factor_b, factor_a
     return factor_a, factor_b
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra, kernels
-from .batch import Batch, batches, own_copies
+from .batch import Batch, batches, each_pair, own_copies
 from .factors import Factor, find_trainable, shape_of
 from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
@@ -33,7 +33,8 @@ class LoFTAdamW(Optimizer):
     ``state`` is keyed by parameter name, because under ZeRO the parameters are not what the optimizer is handed. Of a
     factor it holds, for this rank's rows beginning at ``start``: ``momentum`` (k_i, r), ``second_moment``
     (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in (where there are rows), and either ``pending``
-    (k_i, r), the gradient of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move.
+    (k_i, r), the gradient of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move. All have
+    a leading dimension E where the factor is that of E experts: PEFT's ``target_parameters`` are one pair each.
 
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
@@ -52,6 +53,8 @@ class LoFTAdamW(Optimizer):
         second_moment: "matrix", one (r, r) a row, or "elementwise", the paper's simpler variant with AdamW's own.
         second_moment_dtype: torch.bfloat16 halves LoFT's largest state; it leaves the loss as it is and moves the
             trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.
+        offload_second_moment: keep it in CPU memory, pinned where there is an accelerator. Once a turn it passes in
+            chunks through the device, where the arithmetic stays; not a bit of the result changes.
         params: parameters or parameter groups in place of one group of all, to give them ``lr``, ``weight_decay``,
             ``betas`` or ``eps`` of their own. Together they must be the model's trainable parameters.
 
@@ -77,12 +80,17 @@ class LoFTAdamW(Optimizer):
         projected_clipping: bool = True,
         second_moment: Literal["matrix", "elementwise"] = "matrix",
         second_moment_dtype: torch.dtype | None = None,
+        offload_second_moment: bool = False,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
         if second_moment not in ("matrix", "elementwise"):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
         if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and second_moment != "matrix"):
             raise ValueError("second_moment_dtype must be None, or torch.bfloat16 for the matrix form")
+        if offload_second_moment and second_moment != "matrix":
+            raise ValueError(
+                "offload_second_moment is for the matrix form: the elementwise one is as small as momentum"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
         self.model = model
@@ -96,6 +104,7 @@ class LoFTAdamW(Optimizer):
         self.projected_clipping = projected_clipping
         self.second_moment = second_moment
         self.second_moment_dtype = second_moment_dtype
+        self.offload_second_moment = offload_second_moment
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self.state: dict[Any, dict[str, Any]]  # type: ignore[assignment]  # keyed by names, not by tensors
@@ -271,13 +280,21 @@ class LoFTAdamW(Optimizer):
         coefficient = self._clip(scaled, moves, share, layout)
         for batch in list(scaled):
             gradients = scaled.pop(batch).mul_(coefficient.to(batch.device))
-            self._accumulate(batch, gradients, rotations, batch.factors[0] in moves)
+            self._accumulate(batch, gradients, rotations)
+            if self.second_moment == "matrix":  # one pass over it a turn, not one a step
+                batch.store("arrived" if batch.factors[0] in moves else "pending", gradients)
 
         # Both factors are read as they were when the gradient was taken, so nothing moves before all is computed.
         steps: dict[Factor, Tensor] = {}
         for partners in self._partners(moving, share.rows, layout):
-            for batch in batches(partners, share.rows, self.state):
-                steps.update(zip(batch.factors, self._full_steps(batch, partners), strict=True))
+            turn = batches(partners, share.rows, self.state, lambda f: f in rotations)
+            with self._second_moments(turn) as second_moments:
+                for batch in turn:
+                    found = self._full_steps(batch, partners, rotations, second_moments)
+                    steps.update(zip(batch.factors, found, strict=True))
+        for factor in moving:  # also those that this rank owns no rows of
+            for kind in ("arrived", "pending"):
+                self.state[factor.name].pop(kind, None)
         for batch in batches(moving, share.rows, self.state):
             values = [rows.values for rows in batch.rows]
             for state, previous in zip(batch.states, torch._foreach_mul(values, batch.scaling), strict=True):
@@ -293,19 +310,30 @@ class LoFTAdamW(Optimizer):
         state, values = self.state[factor.name], rows.values
         if not state:
             width = factor.rank * (factor.rank + 1) // 2 if self.second_moment == "matrix" else factor.rank
+            shape, dtype = (*values.shape[:-1], width), self.second_moment_dtype or values.dtype
             state["step"] = 0
             state["start"] = rows.start
             state["momentum"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
-            state["second_moment"] = values.new_zeros(len(values), width, dtype=self.second_moment_dtype)
+            if self.offload_second_moment:
+                state["second_moment"] = kernels.zeros_at_home(shape, dtype, values.device)
+            else:
+                state["second_moment"] = values.new_zeros(shape, dtype=dtype)
         if state["start"] != rows.start or state["momentum"].shape != values.shape:
             raise RuntimeError(
-                f"the loaded state of {factor.name} is of {len(state['momentum'])} rows from row {state['start']} on, "
-                f"this rank owns {len(values)} from row {rows.start} on: it was saved on another world size or ZeRO "
-                "stage. Resume on the same ones."
+                f"the loaded state of {factor.name} is of {state['momentum'].shape[-2]} rows from row "
+                f"{state['start']} on, this rank owns {rows.count} from row {rows.start} on: it was saved on another "
+                "world size or ZeRO stage. Resume on the same ones."
             )
-        if state["momentum"].device != values.device:  # loaded from a file
-            state.update({key: t.to(values.device) for key, t in state.items() if isinstance(t, Tensor)})
+        for kind, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                state[kind] = self.place(kind, tensor, values.device)  # if it was loaded from a file
         return state
+
+    def place(self, kind: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """A part of a factor's state where it belongs while ``device`` works on it; itself if it is there."""
+        if kind == "second_moment" and self.offload_second_moment:
+            return kernels.at_home(tensor, device)
+        return tensor.to(device)
 
     def _turn_bases(self, rows: dict[Factor, Rows], layout: Layout) -> dict[Factor, tuple[Tensor, Tensor]]:
         """Bring ``basis`` up to date where the partner has moved, and give the rotations of momentum and second moment
@@ -320,9 +348,10 @@ class LoFTAdamW(Optimizer):
         crosses: dict[Factor, Tensor] = {}
         for batch in batches([f.partner for f in fresh], rows, self.state, lambda partner: partner.partner in turned):
             factors, values = [f.partner for f in batch.factors], batch.values()
-            grams.update(zip(factors, algebra.pack(algebra.gram(values, values)), strict=True))
+            grams.update(zip(factors, batch.split(algebra.pack(algebra.gram(values, values))), strict=True))
             if factors[0] in turned:
-                crosses.update(zip(factors, algebra.gram(batch.stacked("previous"), values), strict=True))
+                cross = algebra.gram(batch.stacked("previous"), values)
+                crosses.update(zip(factors, batch.split(cross), strict=True))
         for factor in rows:
             self.state[factor.name].pop("previous", None)
         # A rank whose rows are all of a pair's knows its products; of the others each owner of rows has a part.
@@ -333,11 +362,12 @@ class LoFTAdamW(Optimizer):
             grams.update(zip(alike, algebra.unpack(torch.stack([grams[f] for f in alike]), alike[0].rank), strict=True))
 
         rotations: dict[Factor, tuple[Tensor, Tensor]] = {}
-        kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)
+        kinds: dict[tuple[torch.Size, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)
         for f in fresh:
-            kinds[f.rank, grams[f].device, rows[f].values.dtype, f in turned].append(f)
-        for (_, device, dtype, turns), alike in kinds.items():
-            scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64, device=device)[:, None, None]
+            kinds[grams[f].shape, grams[f].device, rows[f].values.dtype, f in turned].append(f)
+        for (shape, device, dtype, turns), alike in kinds.items():
+            scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64, device=device)
+            scaling = scaling.view(-1, *(1 for _ in shape))
             gram = scaling**2 * torch.stack([grams[f] for f in alike])
             try:
                 basis = algebra.orthonormal_basis(gram)
@@ -355,7 +385,7 @@ class LoFTAdamW(Optimizer):
                 of_momentum = calibrated if self.momentum_calibration else kept
                 of_second_moment = calibrated if self.second_moment_calibration else kept
                 rotations.update(zip(alike, zip(of_momentum, of_second_moment, strict=True), strict=True))
-            for factor, own in zip(alike, own_copies(basis), strict=True):
+            for factor, own in zip(alike, own_copies(basis.contiguous()), strict=True):
                 self.state[factor.name]["basis"] = own
         return rotations
 
@@ -385,35 +415,20 @@ class LoFTAdamW(Optimizer):
             return torch.ones_like(norm)
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
-    def _accumulate(
-        self, batch: Batch, gradients: Tensor, rotations: dict[Factor, tuple[Tensor, Tensor]], moves: bool
-    ) -> None:
-        """Calibrate momentum and second moment, then add this step's gradients (b, k, r) to both."""
+    def _accumulate(self, batch: Batch, gradients: Tensor, rotations: Mapping[Factor, tuple[Tensor, Tensor]]) -> None:
+        """Calibrate momentum, and add this step's gradients (b, k, r) to it, and to second moments of one number a
+        feature; to the matrices they are added in :meth:`_full_steps`.
+        """
         beta1, beta2 = batch.group["betas"]
-        turns = batch.factors[0] in rotations
-        if turns:
-            of_momentum, of_second_moment = (
-                torch.stack(turn) for turn in zip(*(rotations[f] for f in batch.factors), strict=True)
-            )
+        if batch.factors[0] in rotations:
+            of_momentum = _stacked(rotations[f][0] for f in batch.factors)
             batch.store("momentum", (batch.stacked("momentum") @ of_momentum).lerp_(gradients, 1 - beta1))
         else:
             torch._foreach_lerp_(batch.each("momentum"), list(gradients.unbind()), 1 - beta1)
-        if self.second_moment == "elementwise":
-            if not batch.is_empty:
-                published = list((gradients @ batch.stacked("basis").mT.to(batch.dtype)).unbind())
-                torch._foreach_mul_(batch.each("second_moment"), beta2)
-                torch._foreach_addcmul_(batch.each("second_moment"), published, published, value=1 - beta2)
-        elif moves or turns or batch.has("pending"):
-            kernels.accumulate_second_moment_(
-                batch.each("second_moment"),
-                gradients,
-                beta2,
-                pending=batch.take("pending") if batch.has("pending") else None,
-                rotation=of_second_moment if turns else None,
-                seed=batch.step,
-            )
-        else:
-            batch.store("pending", gradients)  # one pass over the second moment a turn, not one a step
+        if self.second_moment == "elementwise" and not batch.is_empty:
+            published = list((gradients @ batch.stacked("basis").mT.to(batch.dtype)).unbind())
+            torch._foreach_mul_(batch.each("second_moment"), beta2)
+            torch._foreach_addcmul_(batch.each("second_moment"), published, published, value=1 - beta2)
 
     def _partners(
         self, moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
@@ -422,10 +437,27 @@ class LoFTAdamW(Optimizer):
         if self.projected_update and self.second_moment == "matrix":
             yield from layout.gather(moving)
         else:
-            yield dict.fromkeys(f for f in moving if len(rows[f].values))
+            yield dict.fromkeys(f for f in moving if rows[f].count)
 
-    def _full_steps(self, batch: Batch, partners: Mapping[Factor, Tensor | None]) -> Iterable[Tensor]:
-        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k, r) of each factor."""
+    def _second_moments(self, turn: Sequence[Batch]) -> kernels.Resident | kernels.Stream:
+        """The second moments of the batches whose turn it is, where their device can work on them."""
+        if not self.offload_second_moment:
+            return kernels.Resident()
+        return kernels.Stream(
+            [(batch.each("second_moment")[piece], batch.device) for batch in turn for piece in batch.pieces()]
+        )
+
+    def _full_steps(
+        self,
+        batch: Batch,
+        partners: Mapping[Factor, Tensor | None],
+        rotations: Mapping[Factor, tuple[Tensor, Tensor]],
+        second_moments: kernels.Resident | kernels.Stream,
+    ) -> Iterable[Tensor]:
+        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k, r) of each factor.
+
+        Before that, in the same pass, second moments are calibrated and this step's and the last one's gradients added.
+        """
         (beta1, beta2), eps, t = batch.group["betas"], batch.group["eps"], batch.step
         basis, momentum = batch.stacked("basis"), batch.stacked("momentum")
         correction1, correction2 = 1 - beta1**t, 1 - beta2**t
@@ -436,15 +468,31 @@ class LoFTAdamW(Optimizer):
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
         quotient = kernels.Quotient(correction1, correction2, eps, bound)
-        packed = batch.each("second_moment")
-        whole = [rows for f in batch.factors if (rows := partners[f]) is not None]
-        if not whole:
-            steps = kernels.normalized_update(momentum, packed, basis.to(batch.dtype), quotient)
-        else:
-            # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
-            orthonormal = (torch.stack(whole).double() @ (batch.scaling * basis)).to(batch.dtype)
-            steps = kernels.projected_update(momentum, packed, orthonormal, quotient) @ basis.mT.to(batch.dtype)
-        return batch.parts(steps)
+        whole = each_pair(partner for f in batch.factors if (partner := partners[f]) is not None)
+        update = kernels.projected_update if whole else kernels.normalized_update
+        arrived = batch.take("arrived")
+        pending = batch.take("pending") if batch.has("pending") else None
+        turns = batch.factors[0] in rotations
+        rotation = _stacked(rotations[f][1] for f in batch.factors) if turns else None
+        packed, steps = batch.each("second_moment"), torch.empty_like(momentum)
+        for piece in batch.pieces():
+            directions = basis[piece]
+            if whole:
+                # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
+                directions = torch.stack(whole[piece]).double() @ (batch.scaling * directions)
+            directions = directions.to(batch.dtype)
+            for (pairs, rows), chunk in second_moments.chunks(packed[piece]):
+                here = slice(piece.start + pairs.start, piece.start + pairs.stop)
+                kernels.accumulate_second_moment_(
+                    chunk,
+                    arrived[here, rows],
+                    beta2,
+                    pending=None if pending is None else pending[here, rows],
+                    rotation=None if rotation is None else rotation[here],
+                    seed=t,
+                )
+                steps[here, rows] = update(momentum[here, rows], chunk, directions[pairs], quotient)
+        return batch.parts(steps @ basis.mT.to(batch.dtype) if whole else steps)
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]
@@ -475,6 +523,11 @@ class LoFTAdamW(Optimizer):
         )
         if values is not part.data:
             part.data.copy_(values)
+
+
+def _stacked(tensors: Iterable[Tensor]) -> Tensor:
+    """One tensor (b, ., .) of those of each factor, (., .) or (E, ., .)."""
+    return torch.stack(list(tensors)).flatten(0, -3)
 
 
 def _groups(params: Iterable[Any], trained: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from loft_ds import LoFTAdamW
+from loft_ds.factors import Factor
 
 
 def one_layer(
@@ -72,27 +73,39 @@ def batch(step: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tupl
 def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
     """Momentum (k_i, r), second moment (k_i, r, r) and basis (r, r) of each factor, float64.
 
-    Pending gradients of a resting factor are counted in.
+    Pending gradients of a resting factor are counted in. Of a factor of experts each is one of its own, ``name[e]``.
     """
     from loft_ds.algebra import unpack
 
     out = {}
     for factor in optimizer.trainable.factors:
-        state = optimizer.state[factor.name]
         elementwise = optimizer.second_moment == "elementwise"
-        second = state["second_moment"].double()
-        second = torch.diag_embed(second) if elementwise else unpack(second, factor.rank)
-        if "pending" in state:
-            _, beta2 = optimizer.defaults["betas"]
-            pending = state["pending"].double()
-            second = beta2 * second + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
-        out[factor.name] = {
-            "momentum": state["momentum"].double(),
-            "second_moment": second,
-            "basis": state.get("basis", torch.eye(factor.rank, dtype=torch.float64)),  # none where there are no rows
-            "start": torch.tensor(state["start"]),
-        }
+        for name, state in pairs_in(factor, optimizer.state[factor.name]).items():
+            second = state["second_moment"].double()
+            second = torch.diag_embed(second) if elementwise else unpack(second, factor.rank)
+            if "pending" in state:
+                _, beta2 = optimizer.defaults["betas"]
+                pending = state["pending"].double()
+                second = beta2 * second + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
+            out[name] = {
+                "momentum": state["momentum"].double(),
+                "second_moment": second,
+                "basis": state.get(
+                    "basis", torch.eye(factor.rank, dtype=torch.float64)
+                ),  # none where there are no rows
+                "start": torch.tensor(state["start"]),
+            }
     return out
+
+
+def pairs_in(factor: Factor, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of every pair that a factor holds."""
+    if factor.experts == 1:
+        return {factor.name: state}
+    return {
+        f"{factor.name}[{e}]": {k: v[e] if isinstance(v, Tensor) else v for k, v in state.items()}
+        for e in range(factor.experts)
+    }
 
 
 def in_coordinates(state: dict[str, Tensor], basis: Tensor) -> dict[str, Tensor]:

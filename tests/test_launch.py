@@ -303,6 +303,8 @@ def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
         (["--target_modules", "c_attn"], "Target modules .*c_attn.* not found"),
         (["--block_size", "100000"], "give more text or a --block_size below 100000"),
         (["--eval_fraction", "1.5"], "must lie between 0 and 1"),
+        (["--target_parameters", "mlp.experts.up"], r"--target_parameters mlp\.experts\.up: the model has no such"),
+        (["--optimizer", "lora", "--offload_second_moment"], "LoFT's: --optimizer lora"),
     ],
 )
 def test_a_model_that_cannot_take_the_adapters_is_refused(model, text, flags, message, no_weights):
@@ -331,6 +333,21 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
         train.main()
     # A string as the code: Python prints it on stderr and exits with status 1.
     assert stop.value.code == f"train.py: error: {tmp_path}/missing.json: no such file"
+
+
+def test_offload_reaches_the_optimizer(model, text, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def reach(**kwargs):
+        raise ReachedError(kwargs["loft_kwargs"])
+
+    monkeypatch.setattr(train, "LoggedTrainer", reach)
+    flags = ["--model_name_or_path", str(model), "--train_file", str(text), "--use_cpu"]
+    for given, expected in [([], False), (["--offload_second_moment"], True)]:
+        with pytest.raises(ReachedError) as reached:
+            train.train([*flags, *given])
+        assert reached.value.args == ({"offload_second_moment": expected},)
 
 
 # --- all of it

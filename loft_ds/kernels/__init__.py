@@ -1,4 +1,4 @@
-"""The two passes over the second moments of a batch of pairs alike: tiled torch, and fused for CUDA."""
+"""The two passes over the second moments of a batch of pairs alike: tiled torch, and fused for CUDA; where they lie."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from torch import Tensor
 
 from . import tiled
 from .reference import Quotient
+from .stream import Resident, Stream, at_home, zeros_at_home
 from .tiled import normalized_update
 
-__all__ = ["Quotient", "accumulate_second_moment_", "normalized_update", "projected_update"]
+__all__ = [
+    "Quotient",
+    "Resident",
+    "Stream",
+    "accumulate_second_moment_",
+    "at_home",
+    "normalized_update",
+    "projected_update",
+    "zeros_at_home",
+]
 
 
 @functools.cache

@@ -96,9 +96,9 @@ class Partition:
     @property
     def line(self) -> tuple[int, int]:
         """Length of a line of consecutive elements in which the rows follow each other, and the elements of each row
-        in it: all of ``B`` is one such line, each of the r rows of the matrix ``A`` is another.
+        in it: all of ``B`` is one such line, each of the E r rows of the matrix ``A`` is another.
         """
-        return (self.factor.count, 1) if self.factor.side == "A" else (self.factor.numel, self.factor.rank)
+        return (self.factor.count, 1) if self.factor.side == "A" else (self.factor.numel, self.factor.width)
 
 
 def members_of(factor: Partition, partner: Partition) -> range:
@@ -122,7 +122,7 @@ def divide_rows(factors: Sequence[Factor], held: Sequence[Cut], world: int) -> l
     """Which feature rows each rank owns: an equal share of the state and of the work, of as few factors as possible.
 
     Where DeepSpeed keeps factors together (stages 1 and 2) and each rank has a layer or more, the rows are where their
-    elements are: a rank that holds ``[a, b)`` of a factor of rank r owns its rows ``[ceil(a / r), ceil(b / r))``.
+    elements are: a rank that holds ``[a, b)`` of a factor of row width w owns its rows ``[ceil(a / w), ceil(b / w))``.
 
     Elsewhere the layers follow each other along the ranks, each on as many as its share of the state, and every factor
     of a layer is cut evenly over that layer's ranks. (A factor cut over all ranks, as stage 3 holds it, would need its
@@ -132,7 +132,7 @@ def divide_rows(factors: Sequence[Factor], held: Sequence[Cut], world: int) -> l
     """
     blocks = blocks_of(factors)
     if world <= len(blocks) and any(cut.whole is not None for cut in held):
-        return [Cut(cut.first, -(-cut.edges // f.rank)) for f, cut in zip(factors, held, strict=True)]
+        return [Cut(cut.first, -(-cut.edges // f.width)) for f, cut in zip(factors, held, strict=True)]
     # Of a row: second moment r (r + 1) / 2, momentum r, pending or previous r, times two.
     weights = [sum(f.numel * (f.rank + 5) for f in block) for block in blocks]
     total, place, cuts = sum(weights), 0, []
@@ -261,8 +261,8 @@ def plan_gather(moving: Sequence[Partition], partners: Sequence[Partition], rank
     """From owned rows of the partners to whole partners, for the ranks that own rows of the moving factors.
 
     The elements are rows here: the local buffer is the concatenation of the owned rows of ``partners``, all of one
-    rank r; the result that of the whole partners (l, r) that this rank needs and does not own whole. Factors of which
-    this rank owns rows of neither side may be left out.
+    width; the result that of the whole partners (l, width) that this rank needs and does not own whole. Factors of
+    which this rank owns rows of neither side may be left out.
     """
     to, sent_from, sent = [], [], []
     source, placed_at, came = [], [], []

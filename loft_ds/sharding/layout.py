@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,20 @@ class Slice:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's feature rows of one factor: values and gradient (k_i, r), the first being row ``start``."""
+    """This rank's feature rows of one factor: values and gradient (k_i, r), the first being row ``start``.
+
+    (E, k_i, r) of a factor of E experts, in what :meth:`Layout.read` gives.
+    """
 
     values: Tensor
     grad: Tensor
     start: int
     group: Group
+
+    @property
+    def count(self) -> int:
+        """k_i."""
+        return self.values.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,12 @@ class Share:
 
     rows: dict[Factor, Rows]
     others: list[Slice]
+
+    @classmethod
+    def of(cls, rows: Mapping[Factor, Rows], others: list[Slice]) -> Share:
+        """From rows as they lie, (k_i, E r): experts apart, as views."""
+        apart = {f: replace(r, values=f.pairs_of(r.values), grad=f.pairs_of(r.grad)) for f, r in rows.items()}
+        return cls(apart, others)
 
 
 class Layout(ABC):
@@ -94,7 +108,8 @@ class Layout(ABC):
 
     @abstractmethod
     def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
-        """The moving factors with the *whole* of their partners' rows (l, r), unscaled, as :meth:`read` found them.
+        """The moving factors with the *whole* of their partners' rows (l, r) or (E, l, r), unscaled, as :meth:`read`
+        found them.
 
         Bucket by bucket; only factors that this rank owns rows of.
         """
@@ -188,11 +203,12 @@ class Whole(Layout):
         for name, param in self._others.items():
             master = self._master(param)
             if master.grad is not None:
-                others.append(Slice(name, master.detach(), master.grad, 0, self._groups[id(master)]))
-        return Share(self._rows, others)
+                flat = master.detach().view(-1), master.grad.reshape(-1)
+                others.append(Slice(name, *flat, 0, self._groups[id(master)]))
+        return Share.of(self._rows, others)
 
     def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
-        yield {factor: self._rows[factor.partner].values for factor in moving}
+        yield {f: f.partner.pairs_of(self._rows[f.partner].values) for f in moving}
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -50,11 +50,11 @@ def rounds_of(factors: Sequence[Factor]) -> dict[Factor, int]:
     for block in blocks_of(factors):
         filled: dict[tuple[str, int], tuple[int, int]] = {}
         for factor in block:
-            number, size = filled.get((factor.side, factor.rank), (0, 0))
+            number, size = filled.get((factor.side, factor.width), (0, 0))
             weight = 4 * factor.partner.numel
             if size and size + weight > BUCKET_BYTES:
                 number, size = number + 1, 0
-            filled[factor.side, factor.rank] = number, size + weight
+            filled[factor.side, factor.width] = number, size + weight
             rounds[factor] = number
     return rounds
 
@@ -196,7 +196,7 @@ class Sharded(Layout):
             place = 0
             for factor, (_, _, group) in zip(travelling, intervals, strict=True):
                 start, stop = self._partitions[factor].owned.interval(self.rank)
-                size = (stop - start) * factor.rank
+                size = (stop - start) * factor.width
                 grad, *own = (_as_rows(factor, t[place : place + size].clone()) for t in received)
                 self._rows[factor] = Rows(own[0] if own else self._kept[factor], grad, start, group)
                 place += size
@@ -205,19 +205,20 @@ class Sharded(Layout):
         for name, param in self._others.items():
             values, grad, group = self._interval(param)
             others.append(Slice(name, values, grad, self._held[param].cut.interval(self.rank)[0], group))
-        return Share(self._rows, others)
+        return Share.of(self._rows, others)
 
     def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
         return one_ahead(self._gathers(moving))
 
     def _gathers(self, moving: Sequence[Factor]) -> Iterator[Callable[[], dict[Factor, Tensor]]]:
         """Begins the exchange of a bucket, and yields what waits for it."""
-        here = {f: self._rows[f.partner].values for f in moving if self.in_one_place(f) and len(self._rows[f].values)}
+        own = [f for f in moving if self.in_one_place(f) and self._rows[f].count]
+        here = {f: f.partner.pairs_of(self._rows[f.partner].values) for f in own}
         yield lambda: here
         buckets: dict[tuple[int, int], list[Factor]] = defaultdict(list)
         for factor in moving:
             if not self.in_one_place(factor):  # that nobody here needs a bucket does not spare the others' collective
-                buckets[factor.rank, self._round[factor]] += [factor] if self.concerns(factor) else []
+                buckets[factor.width, self._round[factor]] += [factor] if self.concerns(factor) else []
         for (width, _), bucket in sorted(buckets.items()):
             # Planned anew each time: it is quick, and kept it would be as much again as a rank's share.
             partners = [self._partitions[f.partner] for f in bucket]
@@ -233,9 +234,9 @@ class Sharded(Layout):
             if len(self._rows[factor].values) == 0:
                 continue
             if self._partitions[factor.partner].owned.whole == self.rank:
-                wholes[factor] = self._rows[factor.partner].values
+                wholes[factor] = factor.partner.pairs_of(self._rows[factor.partner].values)
             else:
-                wholes[factor] = rows[place : place + factor.partner.count]
+                wholes[factor] = factor.partner.pairs_of(rows[place : place + factor.partner.count])
                 place += factor.partner.count
         return wholes
 
@@ -298,5 +299,5 @@ class Sharded(Layout):
 
 def _as_rows(factor: Factor, flat: Tensor) -> Tensor:
     """Consecutive rows of a factor (k_i, r) as a view of their elements in the order of the factor's own."""
-    rows = flat.numel() // factor.rank
-    return factor.rows_of(flat.view((factor.rank, rows) if factor.side == "A" else (rows, factor.rank)))
+    rows = flat.numel() // factor.width
+    return factor.rows_of(flat.view((factor.width, rows) if factor.side == "A" else (rows, factor.width)))

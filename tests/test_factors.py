@@ -85,7 +85,6 @@ def test_several_adapters():
             {"rank_pattern": {"head": 4}},
             "head.lora_A.default.weight (rank 4 in a layer of 5 inputs",
         ),
-        (["linear"], {"target_parameters": ["head.weight"]}, "head.lora_A.default.weight (target_parameters)"),
     ],
 )
 def test_untreated_adapters_are_named_once(targets, config, named):

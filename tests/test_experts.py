@@ -233,7 +233,7 @@ def train(rank, world, stage, until, *, resume=None, save=None, export=None, zer
             params[name] = p.detach().clone()
     outcome = Outcome(params, moments(optimizer), [float(engine.get_global_grad_norm() or 0)], [])
     for factor, partition in getattr(optimizer._layout, "_partitions", {}).items():
-        if factor.experts > 1 and any(int(b) % factor.width for b in partition.bounds):
+        if factor.experts > 1 and any(int(b) % factor.width for b in partition.held.edges):
             outcome.cuts.append(factor.name)
     engine.destroy()
     return outcome

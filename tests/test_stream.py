@@ -294,8 +294,14 @@ def test_two_chunks_are_all_that_it_takes():
     assert chunk < peaks[True] - peaks[False] <= 2 * chunk
 
 
-def test_where_it_rests():
+def test_where_it_rests(monkeypatch):
     """On a machine without an accelerator it is plain memory; with one it is pinned, also after a load."""
+    pinned = []
+    monkeypatch.setattr(stream.torch, "zeros", lambda *shape, pin_memory, **_: pinned.append(pin_memory))
+    stream.zeros_at_home((2, 3), torch.float32, torch.device("cuda", 0))
+    stream.zeros_at_home((2, 3), torch.float32, torch.device("cpu"))
+    assert pinned == [True, False]
+    monkeypatch.undo()
     asked = []
     there = SimpleNamespace(cpu=lambda: there, is_pinned=lambda: False, pin_memory=lambda: asked.append("pin"))
     stream.at_home(there, torch.device("cuda", 0))

@@ -271,13 +271,14 @@ def traffic(division: Division, rank: int) -> Traffic:
             bucket = [f for f in near if f.rank == width]
             plan = plan_gather([parts[f] for f in bucket], [parts[f.partner] for f in bucket], rank, world)
             gathered += width * others(plan.receive_counts)
-    # Gram (a triangle) and cross Gram of the pairs about to move, float64: to the rank that sums, and the sums back.
+    # Gram (a triangle) and cross Gram of the pairs about to move, float64: a piece of each from every member, and the
+    # sums of all other pieces back.
     products = 0.0
-    for place, f in enumerate(division.factors):
+    for f in division.factors:
         members = division.members(f)
         if rank in members:
             one = DOUBLE * (f.rank * (f.rank + 1) // 2 + f.rank**2) / 2
-            products += one * (len(members) - 1) if members[place % len(members)] == rank else one
+            products += 2 * one * (len(members) - 1) / len(members)
     collectives += (4 if spread else 0) + (4 if any(not p.stays for p in parts.values()) else 2)  # 2 of one number
     return Traffic(FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers)
 

@@ -113,7 +113,6 @@ class Sharded(Layout):
         owned = divide_rows(factors, cuts, self.world)
         self._partitions = {f: Partition(f, *both) for f, *both in zip(factors, cuts, owned, strict=True)}
         self._members = {f: members_of(self._partitions[f], self._partitions[f.partner]) for f in factors}
-        self._sums = {f: members[place % len(members)] for place, (f, members) in enumerate(self._members.items())}
         self._spread = any(not self.in_one_place(f) for f in factors)
         self._round = rounds_of(factors)
         self._travelling: dict[str, list[Factor]] = {"A": [], "B": []}
@@ -246,30 +245,37 @@ class Sharded(Layout):
     def sum_over_owners(self, products: Sequence[tuple[Factor, Tensor]]) -> None:
         if not self._spread:
             return
-        # One rank of each pair's sums, every pair another one, and sends the sum to the others.
-        products = sorted(products, key=lambda product: self._sums[product[0]])
-        sizes = [product.numel() for _, product in products]
-        send_counts = [0] * self.world
-        for (factor, _), size in zip(products, sizes, strict=True):
-            send_counts[self._sums[factor]] += size
-        mine = [(f, product) for f, product in products if self._sums[f] == self.rank]
-        coming = [(q, product) for q in range(self.world) for f, product in mine if q in self._members[f]]
-        counts = [0] * self.world
-        for q, product in coming:
-            counts[q] += product.numel()
+        # All that the same ranks have parts of is one vector: each of them sums an even piece of it for the others.
+        shared: dict[range, list[Tensor]] = defaultdict(list)
+        for factor, product in products:
+            shared[self._members[factor]].append(product)
+        groups = sorted(shared, key=lambda members: (members.start, members.stop))
         like = self._rows[self._factors[0]].values.new_empty(0, dtype=torch.float64)
-        sent = torch.cat([like, *(product.reshape(-1) for _, product in products)]).to(self._device)
+        vectors = [torch.cat([product.reshape(-1) for product in shared[members]]) for members in groups]
+        # (rank, group) of every piece, in the order in which they travel, there and back.
+        peers = sorted((q, place) for place, members in enumerate(groups) for q in members)
+        pieces = [v.tensor_split(len(members)) for v, members in zip(vectors, groups, strict=True)]
+        theirs = [pieces[place][q - groups[place].start] for q, place in peers]
+        sizes = [pieces[place][self.rank - groups[place].start].numel() for _, place in peers]
+        send_counts, counts = [0] * self.world, [0] * self.world
+        for (q, _), piece, size in zip(peers, theirs, sizes, strict=True):
+            send_counts[q] += piece.numel()
+            counts[q] += size
+        sent = torch.cat([like, *theirs]).to(self._device)
         received = sent.new_empty(sum(counts))
         dist.all_to_all_single(received, sent, counts, send_counts, group=self._group)
         parts: dict[int, list[Tensor]] = defaultdict(list)
-        for (_, product), part in zip(coming, received.split([p.numel() for _, p in coming]), strict=True):
-            parts[id(product)].append(part)
-        totals = {key: torch.stack(pieces).sum(0) for key, pieces in parts.items()}
-        back = torch.cat([received[:0], *(totals[id(product)] for _, product in coming)])
-        summed = torch.empty_like(sent)
-        dist.all_to_all_single(summed, back, send_counts, counts, group=self._group)
-        for (_, product), total in zip(products, summed.split(sizes), strict=True):
-            product.copy_(total.view_as(product))
+        for (_, place), part in zip(peers, received.split(sizes), strict=True):
+            parts[place].append(part)
+        totals = {place: torch.stack(summands).sum(0) for place, summands in parts.items()}
+        back = torch.cat([received[:0], *(totals[place] for _, place in peers)])
+        dist.all_to_all_single(sent, back, send_counts, counts, group=self._group)
+        for piece, total in zip(theirs, sent.split([piece.numel() for piece in theirs]), strict=True):
+            piece.copy_(total)
+        for vector, members in zip(vectors, groups, strict=True):
+            own = shared[members]
+            for product, total in zip(own, vector.split([product.numel() for product in own]), strict=True):
+                product.copy_(total.view_as(product))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         buffer = tensor.to(self._device)

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -44,7 +44,10 @@ class LoFTAdamW(Optimizer):
         weight_decay: decoupled, multiplied by the learning rate.
         max_grad_norm: clip by the norm of the projected full gradients of the factors about to move and the gradients
             of all other parameters; None for no clipping. Under DeepSpeed ``gradient_clipping`` in the JSON sets it.
-        alternate: block 1 of the paper: ``B`` moves on odd steps, ``A`` on even ones. Off: both on every step.
+        turns: block 1 of the paper. "alternate": ``B`` moves on odd steps, ``A`` on even ones, as published. "joint":
+            the factor whose turn it is moves by its whole update, the other one by the part of its own that lies
+            outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "both": both
+            move by all of theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.
@@ -72,7 +75,7 @@ class LoFTAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        alternate: bool = True,
+        turns: Literal["alternate", "joint", "both"] = "alternate",
         gradient_scaling: bool = True,
         momentum_calibration: bool = True,
         second_moment_calibration: bool = True,
@@ -83,6 +86,8 @@ class LoFTAdamW(Optimizer):
         offload_second_moment: bool = False,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
+        if turns not in ("alternate", "joint", "both"):
+            raise ValueError(f'turns must be "alternate", "joint" or "both", not {turns!r}')
         if second_moment not in ("matrix", "elementwise"):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
         if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and second_moment != "matrix"):
@@ -96,7 +101,7 @@ class LoFTAdamW(Optimizer):
         self.model = model
         self.trainable = find_trainable(model)
         self.max_grad_norm = max_grad_norm
-        self.alternate = alternate
+        self.turns = turns
         self.gradient_scaling = gradient_scaling
         self.momentum_calibration = momentum_calibration
         self.second_moment_calibration = second_moment_calibration
@@ -137,7 +142,7 @@ class LoFTAdamW(Optimizer):
     def variant(self) -> dict[str, bool | str]:
         """The switches of the method: state that one variant has gathered means nothing to another."""
         switches = (
-            "alternate",
+            "turns",
             "gradient_scaling",
             "momentum_calibration",
             "second_moment_calibration",
@@ -267,17 +272,19 @@ class LoFTAdamW(Optimizer):
         self._stepped = True
         for factor, rows in share.rows.items():
             self._state_of(factor, rows)["step"] += 1
-        moving = [
-            f for f in share.rows if not self.alternate or (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")
-        ]
-        moves = set(moving)
+        leading = [f for f in share.rows if (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")]
+        moving = leading if self.turns == "alternate" else list(share.rows)
+        following = [f.partner for f in leading] if self.turns == "joint" else []
+        moves, follows = set(moving), set(following)
 
         rotations = self._turn_bases(share.rows, layout)
         scaled = {
             batch: self._scaled_gradients(batch)
-            for batch in batches(share.rows, share.rows, self.state, lambda f: (f in moves, f in rotations))
+            for batch in batches(
+                share.rows, share.rows, self.state, lambda f: (f in moves, f in follows, f in rotations)
+            )
         }
-        coefficient = self._clip(scaled, moves, share, layout)
+        coefficient = self._clip(scaled, moves, following, share, layout)
         for batch in list(scaled):
             gradients = scaled.pop(batch).mul_(coefficient.to(batch.device))
             self._accumulate(batch, gradients, rotations)
@@ -295,12 +302,15 @@ class LoFTAdamW(Optimizer):
         for factor in moving:  # also those that this rank owns no rows of
             for kind in ("arrived", "pending"):
                 self.state[factor.name].pop(kind, None)
-        for batch in batches(moving, share.rows, self.state):
+        for batch, outside in self._outside(steps, following, share.rows, layout):
+            steps.update(zip(batch.factors, batch.parts(outside), strict=True))
+        for batch in batches(moving, share.rows, self.state, lambda f: f in follows):
             values = [rows.values for rows in batch.rows]
             for state, previous in zip(batch.states, torch._foreach_mul(values, batch.scaling), strict=True):
                 state["previous"] = previous
             if not batch.is_empty:
-                torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
+                if batch.factors[0] not in follows:  # W decays once a step
+                    torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
                 torch._foreach_add_(values, [steps.pop(f) for f in batch.factors], alpha=-batch.group["lr"])
         for part in share.others:
             self._adamw(part, coefficient)
@@ -397,10 +407,51 @@ class LoFTAdamW(Optimizer):
         basis = batch.stacked("basis")
         return gradients @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(batch.dtype)
 
-    def _clip(self, scaled: Mapping[Batch, Tensor], moves: Set[Factor], share: Share, layout: Layout) -> Tensor:
+    def _outside(
+        self, parts: Mapping[Factor, Tensor], following: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Of the following factors' ``parts`` (k, r) what the leading ones do not move already (b, k, r): what lies
+        outside the span of the factor's own rows ``X``, which are the leading one's ``T``.
+        """
+
+        def directions(batch: Batch) -> Tensor:
+            """The orthonormal basis (b, k, r) of that span, in float64: this rank's rows of it."""
+            bases = each_pair(self.state[f.partner.name]["basis"] for f in batch.factors)
+            return batch.values().double() @ (batch.scaling * torch.stack(bases))
+
+        def stacked(batch: Batch) -> Tensor:
+            return torch.stack(each_pair(parts[f] for f in batch.factors))
+
+        concerned = batches([f for f in following if layout.concerns(f)], rows, self.state)
+        products: dict[Factor, Tensor] = {}
+        for batch in concerned:
+            own = directions(batch)
+            inner = own.mT @ (own if batch.is_empty else stacked(batch).double())
+            products.update(zip(batch.factors, batch.split(inner), strict=True))
+        layout.sum_over_owners([(f, products[f]) for f in following if f in products and not layout.in_one_place(f)])
+        for batch in concerned:
+            if not batch.is_empty:
+                inside = directions(batch) @ torch.stack(each_pair(products[f] for f in batch.factors))
+                yield batch, stacked(batch) - inside.to(batch.dtype)
+
+    def _clip(
+        self,
+        scaled: Mapping[Batch, Tensor],
+        moves: Set[Factor],
+        following: Sequence[Factor],
+        share: Share,
+        layout: Layout,
+    ) -> Tensor:
         """The clipping coefficient, a scalar. ``||g @ T.T||_F = ||g||_F`` in orthonormal coordinates."""
         if self.projected_clipping:
-            clipped = [gradients for batch, gradients in scaled.items() if batch.factors[0] in moves]
+            follows = set(following)
+            clipped = [g for batch, g in scaled.items() if batch.factors[0] in moves - follows]
+            parts = {
+                f: g
+                for batch, all_of in scaled.items()
+                for f, g in zip(batch.factors, batch.split(all_of), strict=True)
+            }
+            clipped += [outside for _, outside in self._outside(parts, following, share.rows, layout)]
         else:
             clipped = [rows.grad for rows in share.rows.values()]
         clipped += [part.grad for part in share.others]

@@ -95,7 +95,8 @@ def test_launches_hardly_grow_with_the_number_of_pairs(kwargs, slope):
     "kwargs",
     [
         {},
-        {"alternate": False, "lr": 1e-4},
+        {"turns": "both", "lr": 1e-4},
+        {"turns": "joint", "lr": 1e-4},
         {"second_moment": "elementwise"},
         {"projected_update": False},
         {"momentum_calibration": False},

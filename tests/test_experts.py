@@ -92,7 +92,8 @@ def test_every_expert_moves_as_under_adamw(experts, is_transposed):
 
 VARIANTS = {
     "default": {},
-    "both": {"alternate": False},
+    "both": {"turns": "both"},
+    "joint": {"turns": "joint"},
     "elementwise": {"second_moment": "elementwise"},
     "factor": {"projected_update": False},
     "unscaled": {"gradient_scaling": False},

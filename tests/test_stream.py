@@ -199,7 +199,8 @@ def test_every_wait_is_needed(monkeypatch, deaf, found):
 VARIANTS = {
     "default": {},
     "bfloat16": {"second_moment_dtype": torch.bfloat16},
-    "both": {"alternate": False},
+    "both": {"turns": "both"},
+    "joint": {"turns": "joint"},
     "factor": {"projected_update": False},
 }
 

@@ -105,7 +105,8 @@ def shapes_of(model: str | dict[str, Any]) -> Shapes:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = BUILTIN.get(model) if isinstance(model, str) else model
+    builtin = {name.lower(): settings for name, settings in BUILTIN.items()}
+    settings = builtin.get(model.lower()) if isinstance(model, str) else model
     if settings is None and Path(str(model)).is_file():
         settings = json.loads(Path(str(model)).read_text())
     config = AutoConfig.from_pretrained(model) if settings is None else AutoConfig.for_model(**settings)

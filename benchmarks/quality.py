@@ -39,6 +39,7 @@ from studies.training import Changes, Run, best_of_rank, compare, train
 
 LOFT = "LoFT"
 FULL = ("full", "full, adapted matrices alone")
+CUT = "AdamW, change cut to rank r"
 ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA+", "LoRA-FA", "Riemannian")
 
@@ -72,6 +73,7 @@ STUDIES = {
         (
             (FULL, (None,)),
             ((LOFT, "LoFT as published", "LoRA"), (1, 16, 2)),
+            ((CUT,), (1, 16)),
             ((*ABLATIONS[1:], *LORAS[1:]), (2,)),
             ((LOFT, "LoFT as published", "LoRA"), (4, 64)),
         ),

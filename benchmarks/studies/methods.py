@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraLayer
@@ -100,6 +101,38 @@ def loft(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int, **sw
     return [LoFTAdamW(model, params=_groups(model, heads, lr), max_grad_norm=CLIP, **switches)]
 
 
+class TruncatedAdamW(AdamW):
+    """AdamW on whole matrices whose accumulated change is cut to rank r after every step.
+
+    With AdamW's exact moments and the nearest point of that rank, it is what an adapter of rank r could follow at best:
+    where it falls short of full fine-tuning, the rank is the reason, and not an optimizer's estimate of the moments.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rank: int) -> None:
+        super().__init__(groups, weight_decay=0.0)
+        matrices = [p for p in groups[0]["params"] if p.dim() == 2]
+        self._matrices = [[p, p.detach().clone(), torch.randn(p.shape[1], rank)] for p in matrices]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """AdamW's step, then the truncation."""
+        loss = super().step(closure)
+        for entry in self._matrices:
+            p, start, right = entry
+            change = p - start
+            for _ in range(3):  # subspace iteration, from where the last step left it
+                left = torch.linalg.qr(change @ right)[0]
+                right = change.T @ left
+            p.copy_(start + left @ right.T)
+            entry[2] = right
+        return loss
+
+
+def truncated(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
+    """AdamW held to a rank."""
+    return [TruncatedAdamW(_groups(model, heads, lr), rank)]
+
+
 def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
     """One of PEFT's optimizers for the adapters, AdamW for the head."""
 
@@ -130,6 +163,7 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),
+    "AdamW, change cut to rank r": Method(FULL, truncated, matrices_only=True),
     "LoRA": Method(LORA, adamw, adapter={}),
     "LoRA, alpha = r": Method(LORA, adamw, adapter={}, alpha_over_rank=1.0),
     "LoRA, alpha = 4 r": Method(LORA, adamw, adapter={}, alpha_over_rank=4.0),

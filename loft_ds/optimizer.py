@@ -313,7 +313,7 @@ class LoFTAdamW(Optimizer):
         """
         fresh = [f for f in rows if "basis" not in self.state[f.name] or "previous" in self.state[f.partner.name]]
         # A pair that is all another rank's needs no basis here, and one that is all this rank's no other rank's sums.
-        fresh = [f for f in fresh if len(rows[f].values) or not layout.in_one_place(f)]
+        fresh = [f for f in fresh if layout.concerns(f)]
         fresh.sort(key=layout.in_one_place)
         turned = {f for f in fresh if "basis" in self.state[f.name]}
         grams: dict[Factor, Tensor] = {}
@@ -325,13 +325,11 @@ class LoFTAdamW(Optimizer):
                 crosses.update(zip(factors, algebra.gram(batch.stacked("previous"), values), strict=True))
         for factor in rows:
             self.state[factor.name].pop("previous", None)
-        # A rank whose rows are all of a pair's knows its products; of the others every rank has a part of the sum.
+        # A rank whose rows are all of a pair's knows its products; of the others each owner of rows has a part.
         spread = [f for f in fresh if not layout.in_one_place(f)]
-        if spread:
-            parts = [grams[f] for f in spread] + [crosses[f] for f in spread if f in turned]
-            summed = layout.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
-            for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
-                part.copy_(total.view_as(part))
+        layout.sum_over_owners(
+            [(f, grams[f]) for f in spread] + [(f, crosses[f]) for f in spread if f in turned]
+        )
 
         rotations = {}
         kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)

@@ -104,10 +104,10 @@ def train_sharded(
     outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
     outcome.steps = {f.name: optimizer.state[f.name]["step"] for f in optimizer.trainable.factors}
     for factor, partition in getattr(optimizer._layout, "_partitions", {}).items():
-        inside = [int(b) % factor.rank for b in partition.bounds if 0 < b < factor.numel]
+        inside = [int(b) % factor.rank for b in partition.held.edges if 0 < b < factor.numel]
         if any(inside):
             outcome.cuts.append(factor.name)
-        if int(partition.rows[rank]) == 0:
+        if partition.owned.length(rank) == 0:
             outcome.empty.append(factor.name)
     for factor in optimizer.trainable.factors:
         for kind in ("momentum", "second_moment"):

@@ -5,42 +5,53 @@ import torch
 from models import one_layer
 
 from loft_ds.factors import find_trainable
-from loft_ds.sharding.exchange import Partition, plan_gather, plan_rows
+from loft_ds.sharding.exchange import Cut, Partition, divide_rows, even_cut, plan_gather, plan_rows
 
 
 def all_to_all(plans, locals_):
     """What every rank ends with when all carry out their exchange, as :meth:`Exchange.__call__` does."""
     sent = [
-        torch.split(local[plan.send_index.long()], plan.send_counts) for plan, local in zip(plans, locals_, strict=True)
+        torch.split(local[plan.send.index(local.device)], plan.send_counts)
+        for plan, local in zip(plans, locals_, strict=True)
     ]
     received = [torch.cat([sent[q][rank] for q in range(len(plans))]) for rank in range(len(plans))]
+    results = []
     for plan, r in zip(plans, received, strict=True):
-        assert len(r) == sum(plan.recv_counts)
-    return [r[plan.recv_index.long()] for plan, r in zip(plans, received, strict=True)]
+        assert len(r) == sum(plan.receive_counts)
+        results.append(torch.empty_like(r).index_copy_(0, plan.receive.index(r.device), r))
+    return results
 
 
-def partitions(world, seed, even):
-    """The factors of three layers and how they are cut: in equal parts as at stage 3, or anywhere."""
+def partitions(world, seed, how):
+    """The factors of three layers, and how they are cut: in equal parts as at stage 3, as one line of equal parts as at
+    stages 1 and 2, or elements and rows anywhere.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for m, n, rank in [(7, 5, 3), (2, 9, 2), (6, 1, 1)]:
-        for factor in find_trainable(one_layer(m, n, rank)[0]).factors:
-            if even:
-                bounds = (torch.arange(world + 1) * -(-factor.numel // world)).clamp(max=factor.numel)
-            else:
-                inner = torch.randint(0, factor.numel + 1, (world - 1,), generator=generator).sort().values
-                bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([factor.numel])])
-            found.append(Partition(factor, bounds))
-    return found
+    factors = [f for shape in [(7, 5, 3), (2, 9, 2), (6, 1, 1)] for f in find_trainable(one_layer(*shape)[0]).factors]
+
+    def anywhere(length):
+        inner = torch.randint(0, length + 1, (world - 1,), generator=generator).sort().values
+        return Cut(0, torch.cat([torch.tensor([0]), inner, torch.tensor([length])]))
+
+    if how == "anywhere":
+        return [Partition(f, anywhere(f.numel), anywhere(f.count)) for f in factors]
+    if how == "each":
+        held = [even_cut(-(-f.numel // world), 0, f.numel) for f in factors]
+    else:
+        size, starts = -(-sum(f.numel for f in factors) // world), [0]
+        for f in factors:
+            starts.append(starts[-1] + f.numel)
+        held = [even_cut(size, start, f.numel) for f, start in zip(factors, starts, strict=False)]
+    return [Partition(f, *cuts) for f, *cuts in zip(factors, held, divide_rows(factors, held, world), strict=True)]
 
 
 def held(partition, rank, matrix):
-    return matrix.reshape(-1)[int(partition.bounds[rank]) : int(partition.bounds[rank + 1])]
+    return matrix.reshape(-1)[slice(*partition.held.interval(rank))]
 
 
 def owned(partition, rank, matrix):
-    rows = partition.factor.rows_of(matrix)
-    return rows[int(partition.row_bounds[rank]) : int(partition.row_bounds[rank + 1])]
+    """Rows (k_i, r)."""
+    return partition.factor.rows_of(matrix)[slice(*partition.owned.interval(rank))]
 
 
 def matrices(parts):
@@ -54,38 +65,37 @@ def matrices(parts):
 
 
 WORLDS = [1, 2, 3, 4, 7, 33]
+HOW = ["each", "one line", "anywhere"]
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("seed", "even"), [(0, True), (1, False), (2, False)])
-def test_flat_to_rows(world, seed, even):
-    parts = partitions(world, seed, even)
+@pytest.mark.parametrize("how", HOW)
+def test_flat_to_rows(world, how):
+    parts = partitions(world, 1, how)
     full = matrices(parts)
-    plans = [plan_rows(parts, rank) for rank in range(world)]
+    plans = [plan_rows(parts, rank, world) for rank in range(world)]
     flat = [torch.cat([held(p, rank, m) for p, m in zip(parts, full, strict=True)]) for rank in range(world)]
     rows = [
-        torch.cat([owned(p, rank, m).reshape(-1) for p, m in zip(parts, full, strict=True)]) for rank in range(world)
+        torch.cat([p.factor.rows_of(owned(p, rank, m)).reshape(-1) for p, m in zip(parts, full, strict=True)])
+        for rank in range(world)
     ]
     for got, expected in zip(all_to_all(plans, flat), rows, strict=True):
         assert torch.equal(got, expected)
     for plan in plans:
-        for index in (plan.send_index, plan.recv_index):
-            assert torch.equal(index.long().sort().values, torch.arange(len(index))), "the way back needs permutations"
+        for index in (plan.send.index("cpu"), plan.receive.index("cpu")):
+            assert torch.equal(index.sort().values, torch.arange(len(index))), "the way back needs permutations"
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("seed", "even"), [(0, True), (1, False), (2, False)])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("side", ["A", "B"])
-def test_gather_of_partners(world, seed, even, side):
+def test_gather_of_partners(world, how, side):
     """Every rank that owns rows of a moving factor gets its partner whole, and nothing that it does not need."""
-    parts = {p.factor: p for p in partitions(world, seed, even)}
+    parts = {p.factor: p for p in partitions(world, 1, how)}
     full = dict(zip(parts, matrices(list(parts.values())), strict=True))
     moving = [p for f, p in parts.items() if f.side == side]
     partners = [parts[p.factor.partner] for p in moving]
-    plans = [plan_gather(moving, partners, rank) for rank in range(world)]
-    if world == 1:
-        assert plans == [None]
-        return
+    plans = [plan_gather(moving, partners, rank, world) for rank in range(world)]
     width = max(p.factor.rank for p in partners)
 
     def padded(rows):  # the real thing gathers factors of one rank r at a time
@@ -96,17 +106,18 @@ def test_gather_of_partners(world, seed, even, side):
         needed = [
             padded(p.factor.rows_of(full[p.factor]))
             for m, p in zip(moving, partners, strict=True)
-            if int(m.rows[rank]) and not bool(p.holds_whole[rank])
+            if m.owned.length(rank) and p.owned.whole != rank
         ]
         assert torch.equal(got, torch.cat(needed) if needed else got[:0])
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_rows_are_a_partition(world):
+@pytest.mark.parametrize("how", HOW)
+def test_rows_are_a_partition(world, how):
     """Every row has one owner, also where ranks hold nothing or less than a row."""
-    for part in partitions(world, 3, even=False) + partitions(world, 3, even=True):
-        assert part.row_bounds[0] == 0
-        assert part.row_bounds[-1] == part.factor.count
-        assert (part.rows >= 0).all()
-        # The share decides the rows, so no rank owns more than a row beyond what it holds.
-        assert ((part.rows * part.factor.rank - part.bounds.diff()).abs() < part.factor.rank).all()
+    for part in partitions(world, 3, how):
+        for cut, length in ((part.held, part.factor.numel), (part.owned, part.factor.count)):
+            bounds = cut.bounds(world)
+            assert (bounds[0], bounds[-1], len(bounds)) == (0, length, world + 1)
+            assert (bounds.diff() >= 0).all()
+            assert [cut.interval(q) for q in range(world)] == list(zip(bounds[:-1], bounds[1:], strict=True))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Trainable, shape_of
+from .exchange import even_cut
 from .layout import Layout, Whole
 from .sharded import Held, Sharded
 
@@ -173,17 +174,15 @@ def _flattened(
     held = {}
     for group, buffer, flat in zip(params, buffers, flats, strict=True):
         size = flat.numel()
-        edges = torch.arange(buffer.numel() // size + 1) * size
         for param in group:
             if param.data.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
                 raise RuntimeError(
                     "DeepSpeed's flat buffer no longer holds the parameters: they were moved or resized."
                 )
             start = int(param.data.storage_offset() - buffer.storage_offset())
-            bounds = (edges - start).clamp(0, param.numel())
             # Of a parameter that lies wholly on other ranks the interval is empty, wherever it would begin.
             offset = min(max(start - rank * size, 0), size)
-            held[param] = Held(flat, offset, bounds)
+            held[param] = Held(flat, offset, even_cut(size, start, param.numel()))
     return held
 
 
@@ -218,13 +217,11 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
         _refuse('offload_optimizer.device "nvme"', 'Partitions that are swapped out one by one split pairs: use "cpu".')
     params = [param for sub_group in wrapper.fp16_groups for param in sub_group]
     group = _one_group([param.ds_process_group for param in params])
-    world = torch.distributed.get_world_size(group)
     flats = wrapper.fp32_partitioned_groups_flat
     held = {}
     for param in params:
         sub_group, offset, size = wrapper.grad_position[wrapper.get_param_id(param)]
-        bounds = (torch.arange(world + 1) * size).clamp(max=shape_of(param).numel())
-        held[param] = Held(flats[sub_group], offset, bounds)
+        held[param] = Held(flats[sub_group], offset, even_cut(size, 0, shape_of(param).numel()))
 
     def publish() -> None:
         for part, flat in zip(wrapper.fp16_partitioned_groups_flat, flats, strict=True):

@@ -103,6 +103,16 @@ class Layout(ABC):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks that share the rows, in place; the identity where every rank has them all."""
 
+    def concerns(self, factor: Factor) -> bool:
+        """Whether this rank has a part in the products of a factor's pair: it may own rows of one of the two."""
+        return True
+
+    def sum_over_owners(self, products: Sequence[tuple[Factor, Tensor]]) -> None:
+        """Sum float64 products of the rows of a pair over the ranks that own these rows, in place.
+
+        Every rank gives those of the pairs that concern it and that are not :meth:`in_one_place`, in the same order.
+        """
+
     @abstractmethod
     def write(self, moved: Sequence[Factor]) -> None:
         """Put the values of moved factors, changed in place in what :meth:`read` gave, where they belong."""

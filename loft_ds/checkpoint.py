@@ -330,8 +330,9 @@ def _read(
             if kind == "second_moment" and optimizer.second_moment == "matrix":
                 width = factor.rank * (factor.rank + 1) // 2
             state[kind] = rows.view(stop - start, width)
-    owner = _file_name(_first_owner(saved["rows"]), world)
-    state["basis"] = files.read(owner, f"{name}|basis", 0, factor.rank).to(held.device)
+    if layout.concerns(factor):
+        owner = _file_name(_first_owner(saved["rows"]), world)
+        state["basis"] = files.read(owner, f"{name}|basis", 0, factor.rank).to(held.device)
     return values, state
 
 

@@ -327,9 +327,7 @@ class LoFTAdamW(Optimizer):
             self.state[factor.name].pop("previous", None)
         # A rank whose rows are all of a pair's knows its products; of the others each owner of rows has a part.
         spread = [f for f in fresh if not layout.in_one_place(f)]
-        layout.sum_over_owners(
-            [(f, grams[f]) for f in spread] + [(f, crosses[f]) for f in spread if f in turned]
-        )
+        layout.sum_over_owners([(f, grams[f]) for f in spread] + [(f, crosses[f]) for f in spread if f in turned])
 
         rotations = {}
         kinds: dict[tuple[int, torch.device, torch.dtype, bool], list[Factor]] = defaultdict(list)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..factors import Factor
 from ..kernels.tiled import WORKSPACE_BYTES
-from ..sharding.exchange import Cut, Partition, divide_rows, even_cut, plan_gather, plan_rows
+from ..sharding.exchange import Partition, divide_rows, even_cut, members_of, plan_gather, plan_rows
 from ..sharding.sharded import BUCKET_BYTES, rounds_of
 from . import hardware
 from .shapes import Shapes
@@ -36,8 +36,8 @@ class Job:
         stage: of ZeRO.
         precision: bytes of a weight: 2 (with float32 masters) or 4.
         second_moment: bytes of an entry: 4, or 2 with ``second_moment_dtype=torch.bfloat16``.
-        offload: what lies in CPU memory: "second_moment" (LoFTAdamW's ``offload_second_moment``), "optimizer" (DeepSpeed's
-            ``offload_optimizer``), "param" (``offload_param``, stage 3).
+        offload: what lies in CPU memory: "second_moment" (LoFTAdamW's ``offload_second_moment``), "optimizer"
+            (DeepSpeed's ``offload_optimizer``), "param" (``offload_param``, stage 3).
         tokens: of one GPU in a step.
         per_node: GPUs of a node.
         reduce_bucket: DeepSpeed's ``reduce_bucket_size``.
@@ -76,10 +76,8 @@ class Division:
             for f in factors:
                 held.append(even_cut(self.size, start, f.numel))
                 start += f.numel
-        self.partitions = {
-            f: Partition(f, *cuts)
-            for f, cuts in zip(factors, zip(held, divide_rows(factors, held, self.world), strict=True), strict=True)
-        }
+        owned = divide_rows(factors, held, self.world)
+        self.partitions = {f: Partition(f, *cuts) for f, *cuts in zip(factors, held, owned, strict=True)}
 
     def _held_by_all(self, factors: Sequence[Factor]) -> int:
         """Elements of a rank's part of one flat buffer, whose length is a multiple of two a rank
@@ -91,6 +89,9 @@ class Division:
         here, there = self.partitions[factor].owned.whole, self.partitions[factor.partner].owned.whole
         return here is not None and here == there
 
+    def members(self, factor: Factor) -> range:
+        return members_of(self.partitions[factor], self.partitions[factor.partner])
+
     def per_rank(self, weight: dict[Factor, int]) -> Tensor:
         """(N,), the sum over each rank's rows of what a row of each factor weighs."""
         total = torch.zeros(self.world, dtype=torch.int64)
@@ -101,14 +102,11 @@ class Division:
 
     @cached_property
     def bases(self) -> Tensor:
-        """(N,), bytes of the bases: of each pair on the ranks that own rows of it, and all of those cut over ranks."""
+        """(N,), bytes of the bases: of each pair on the ranks among which it lies."""
         total = torch.zeros(self.world, dtype=torch.int64)
-        for factor, partition in self.partitions.items():
-            size = DOUBLE * factor.rank**2
-            if self.in_one_place(factor):
-                total[partition.owned.whole] += size
-            else:
-                total += size
+        for factor in self.factors:
+            members = self.members(factor)
+            total[members.start : members.stop] += DOUBLE * factor.rank**2
         return total
 
 
@@ -252,9 +250,14 @@ def traffic(division: Division, rank: int) -> Traffic:
             bucket = [f for f in near if f.rank == width]
             plan = plan_gather([parts[f] for f in bucket], [parts[f.partner] for f in bucket], rank, world)
             gathered += width * others(plan.receive_counts)
-    # Gram and cross Gram of the pairs about to move, float64, in one ring all-reduce; one more of the norm.
-    products = sum(2 * DOUBLE * f.rank**2 for f in spread) / 2 * 2 * (world - 1) / world
-    collectives += (2 if spread else 0) + 2
+    # Gram and cross Gram of the pairs about to move, float64: to the rank that sums them, and the sums back.
+    products = 0.0
+    for place, f in enumerate(division.factors):
+        members = division.members(f)
+        if rank in members:
+            one = 2 * DOUBLE * f.rank**2 / 2
+            products += one * (len(members) - 1) if members[place % len(members)] == rank else one
+    collectives += (4 if spread else 0) + 2
     return Traffic(
         FLOAT * came, FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers
     )

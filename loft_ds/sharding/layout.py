@@ -107,7 +107,7 @@ class Layout(ABC):
         """Whether this rank has a part in the products of a factor's pair: it may own rows of one of the two."""
         return True
 
-    def sum_over_owners(self, products: Sequence[tuple[Factor, Tensor]]) -> None:
+    def sum_over_owners(self, products: Sequence[tuple[Factor, Tensor]]) -> None:  # noqa: B027  # alone, it is the sum
         """Sum float64 products of the rows of a pair over the ranks that own these rows, in place.
 
         Every rank gives those of the pairs that concern it and that are not :meth:`in_one_place`, in the same order.

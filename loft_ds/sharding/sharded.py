@@ -14,8 +14,8 @@ from ..factors import Factor
 from .exchange import Cut, Partition, blocks_of, divide_rows, members_of, plan_gather, plan_rows
 from .layout import Group, Layout, Rows, Share, Slice
 
-# Partner rows are gathered in buckets of at most this size a layer of the model, so that no rank ever holds all adapters
-# in float32. A rank needs the partners of the two layers that it shares with others at most.
+# Partner rows are gathered in buckets of at most this size a layer of the model: no rank ever holds all adapters in
+# float32. At most two layers of the model are shared by a rank and others.
 BUCKET_BYTES = 64 * 2**20
 
 
@@ -96,7 +96,7 @@ class Sharded(Layout):
         self._arrived: dict[int, tuple[Tensor, Group]] = {}
         cuts = [held[f.param].cut for f in factors]
         owned = divide_rows(factors, cuts, self.world)
-        self._partitions = {f: Partition(f, *both) for f, both in zip(factors, zip(cuts, owned, strict=True))}
+        self._partitions = {f: Partition(f, *both) for f, *both in zip(factors, cuts, owned, strict=True)}
         self._members = {f: members_of(self._partitions[f], self._partitions[f.partner]) for f in factors}
         self._sums = {f: members[place % len(members)] for place, (f, members) in enumerate(self._members.items())}
         self._spread = any(not self.in_one_place(f) for f in factors)

@@ -43,7 +43,10 @@ class LoFTAdamW(Optimizer):
         weight_decay: decoupled, multiplied by the learning rate.
         max_grad_norm: clip by the norm of the projected full gradients of the factors about to move and the gradients
             of all other parameters; None for no clipping. Under DeepSpeed ``gradient_clipping`` in the JSON sets it.
-        alternate: block 1 of the paper: ``B`` moves on odd steps, ``A`` on even ones. Off: both on every step.
+        turns: block 1 of the paper. "alternate": ``B`` moves on odd steps, ``A`` on even ones, as published. "joint":
+            the factor whose turn it is moves by its whole update, the other one by the part of its own that lies
+            outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "both": both
+            move by all of theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.
@@ -69,7 +72,7 @@ class LoFTAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        alternate: bool = True,
+        turns: Literal["alternate", "joint", "both"] = "alternate",
         gradient_scaling: bool = True,
         momentum_calibration: bool = True,
         second_moment_calibration: bool = True,
@@ -79,6 +82,8 @@ class LoFTAdamW(Optimizer):
         second_moment_dtype: torch.dtype | None = None,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
+        if turns not in ("alternate", "joint", "both"):
+            raise ValueError(f'turns must be "alternate", "joint" or "both", not {turns!r}')
         if second_moment not in ("matrix", "elementwise"):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
         if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and second_moment != "matrix"):
@@ -88,7 +93,7 @@ class LoFTAdamW(Optimizer):
         self.model = model
         self.trainable = find_trainable(model)
         self.max_grad_norm = max_grad_norm
-        self.alternate = alternate
+        self.turns = turns
         self.gradient_scaling = gradient_scaling
         self.momentum_calibration = momentum_calibration
         self.second_moment_calibration = second_moment_calibration
@@ -128,7 +133,7 @@ class LoFTAdamW(Optimizer):
     def variant(self) -> dict[str, bool | str]:
         """The switches of the method: state that one variant has gathered means nothing to another."""
         switches = (
-            "alternate",
+            "turns",
             "gradient_scaling",
             "momentum_calibration",
             "second_moment_calibration",
@@ -258,32 +263,37 @@ class LoFTAdamW(Optimizer):
         self._stepped = True
         for factor, rows in share.rows.items():
             self._state_of(factor, rows)["step"] += 1
-        moving = [
-            f for f in share.rows if not self.alternate or (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")
-        ]
-        moves = set(moving)
+        leading = [f for f in share.rows if (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")]
+        moving = leading if self.turns == "alternate" else list(share.rows)
+        following = [f.partner for f in leading] if self.turns == "joint" else []
+        moves, leads = set(moving), set(leading if self.turns != "both" else moving)
 
         rotations = self._turn_bases(share.rows, layout)
         scaled = {
             batch: self._scaled_gradients(batch)
-            for batch in batches(share.rows, share.rows, self.state, lambda f: (f in moves, f in rotations))
+            for batch in batches(share.rows, share.rows, self.state, lambda f: (f in leads, f in rotations))
         }
-        coefficient = self._clip(scaled, moves, share, layout)
+        gradients = {f: g for batch, each in scaled.items() for f, g in zip(batch.factors, each, strict=True)}
+        covered = self._covered(gradients, following, share.rows, layout)
+        coefficient = self._clip(scaled, moves, covered, share, layout)
         for batch in list(scaled):
-            gradients = scaled.pop(batch).mul_(coefficient.to(batch.device))
-            self._accumulate(batch, gradients, rotations, batch.factors[0] in moves)
+            clipped = scaled.pop(batch).mul_(coefficient.to(batch.device))
+            self._accumulate(batch, clipped, rotations, batch.factors[0] in moves)
 
         # Both factors are read as they were when the gradient was taken, so nothing moves before all is computed.
         steps: dict[Factor, Tensor] = {}
         for partners in self._partners(moving, share.rows, layout):
             for batch in batches(partners, share.rows, self.state):
                 steps.update(zip(batch.factors, self._full_steps(batch, partners), strict=True))
-        for batch in batches(moving, share.rows, self.state):
+        for factor, part in self._covered(steps, following, share.rows, layout).items():
+            steps[factor] -= part
+        for batch in batches(moving, share.rows, self.state, lambda f: f in leads):
             values = [rows.values for rows in batch.rows]
             for state, previous in zip(batch.states, torch._foreach_mul(values, batch.scaling), strict=True):
                 state["previous"] = previous
             if not batch.is_empty:
-                torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
+                if batch.factors[0] in leads:  # W decays once a step, whichever factors move
+                    torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
                 torch._foreach_add_(values, [steps.pop(f) for f in batch.factors], alpha=-batch.group["lr"])
         for part in share.others:
             self._adamw(part, coefficient)
@@ -364,10 +374,38 @@ class LoFTAdamW(Optimizer):
         basis = batch.stacked("basis")
         return gradients @ (basis if self.gradient_scaling else algebra.unscaled_basis(basis)).to(batch.dtype)
 
-    def _clip(self, scaled: Mapping[Batch, Tensor], moves: Set[Factor], share: Share, layout: Layout) -> Tensor:
+    def _covered(
+        self, parts: Mapping[Factor, Tensor], following: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
+    ) -> dict[Factor, Tensor]:
+        """The part of each following factor's ``parts`` (k, r) that the leading one moves already: what lies in the span
+        of the factor's own rows ``X``, which are the leading one's ``T``.
+        """
+        own, products = {}, []
+        for factor in (f for f in following if layout.concerns(f)):
+            basis = self.state[factor.partner.name]["basis"]
+            own[factor] = rows[factor].values.double() @ (factor.scaling * basis)
+            part = parts[factor].double() if len(own[factor]) else torch.zeros_like(own[factor])
+            products.append((factor, own[factor].T @ part))
+        layout.sum_over_owners([product for product in products if not layout.in_one_place(product[0])])
+        return {f: (own[f] @ product).to(rows[f].values.dtype) for f, product in products if len(own[f])}
+
+    def _clip(
+        self,
+        scaled: Mapping[Batch, Tensor],
+        moves: Set[Factor],
+        covered: Mapping[Factor, Tensor],
+        share: Share,
+        layout: Layout,
+    ) -> Tensor:
         """The clipping coefficient, a scalar. ``||g @ T.T||_F = ||g||_F`` in orthonormal coordinates."""
         if self.projected_clipping:
-            clipped = [gradients for batch, gradients in scaled.items() if batch.factors[0] in moves]
+            clipped = [
+                gradients - torch.stack([covered[f] for f in batch.factors])
+                if batch.factors[0] in covered
+                else gradients
+                for batch, gradients in scaled.items()
+                if batch.factors[0] in moves
+            ]
         else:
             clipped = [rows.grad for rows in share.rows.values()]
         clipped += [part.grad for part in share.others]

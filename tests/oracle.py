@@ -23,7 +23,7 @@ class Oracle:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        alternate: bool = True,
+        turns: str = "alternate",
         gradient_scaling: bool = True,
         momentum_calibration: bool = True,
         second_moment_calibration: bool = True,
@@ -32,8 +32,8 @@ class Oracle:
         second_moment: str = "matrix",
     ) -> None:
         self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
-        self.alternate, self.scale, self.turn_m, self.turn_p = (
-            alternate,
+        self.turns, self.scale, self.turn_m, self.turn_p = (
+            turns,
             gradient_scaling,
             momentum_calibration,
             second_moment_calibration,
@@ -51,15 +51,22 @@ class Oracle:
     def step(self, grad_A: Tensor, grad_B: Tensor) -> None:
         self.t += 1
         (b1, b2), t = self.betas, self.t
-        moving = ["A", "B"] if not self.alternate else ["B"] if t % 2 else ["A"]
+        leading, following = "BA" if t % 2 else "AB"
+        moving = [leading] if self.turns == "alternate" else ["A", "B"]
         G = {"A": grad_A.double().T, "B": grad_B.double()}
         T = {"A": self.s * self.X["B"], "B": self.s * self.X["A"]}
         C = {side: T[side].T @ T[side] for side in T}
         inverse = {side: torch.linalg.pinv(C[side], hermitian=True) for side in T}
         # 1. gradient scaling
         g = {side: G[side] @ inverse[side] if self.scale else G[side] for side in G}
+        # Nothing of what the leading factor can move is left to the following one.
+        own = self.X[following]
+        outside = torch.eye(len(own), dtype=own.dtype) - own @ torch.linalg.pinv(own)
+        left = {leading: torch.eye(len(self.X[leading]), dtype=own.dtype), following: outside}
+        if self.turns != "joint":
+            left[following] = torch.eye(len(own), dtype=own.dtype)
         # 2. clipping
-        full = [g[side] @ T[side].T for side in moving] if self.project_clip else list(G.values())
+        full = [left[side] @ g[side] @ T[side].T for side in moving] if self.project_clip else list(G.values())
         self.norm = float(sum(f.square().sum() for f in full).sqrt())
         if self.clip is not None:
             coefficient = min(1.0, self.clip / (self.norm + 1e-6))
@@ -89,4 +96,5 @@ class Oracle:
                 U = (self.M[side] @ T[side].T / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + self.eps)
                 update[side] = U @ T[side] @ inverse[side]
         for side in moving:
-            self.X[side] = (1 - self.lr * self.wd) * self.X[side] - self.lr * update[side]
+            decay = 1 - self.lr * self.wd if side == leading or self.turns == "both" else 1.0
+            self.X[side] = decay * self.X[side] - self.lr * left[side] @ update[side]

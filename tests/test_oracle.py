@@ -10,7 +10,10 @@ from loft_ds import LoFTAdamW
 SHAPES = [(7, 5, 3), (5, 9, 1), (4, 6, 4), (33, 17, 16)]
 ABLATIONS = [
     {},
-    {"alternate": False},
+    {"turns": "both"},
+    {"turns": "joint"},
+    {"turns": "joint", "second_moment": "elementwise"},
+    {"turns": "joint", "projected_update": False},
     {"gradient_scaling": False},
     {"momentum_calibration": False},
     {"second_moment_calibration": False},
@@ -18,7 +21,7 @@ ABLATIONS = [
     {"projected_update": False},
     {"projected_clipping": False},
     {"second_moment": "elementwise"},
-    {"second_moment": "elementwise", "alternate": False},
+    {"second_moment": "elementwise", "turns": "both"},
 ]
 
 

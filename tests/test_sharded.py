@@ -192,7 +192,9 @@ CASES = {
     "overlap_comm": (2, 2, {"zero": {"overlap_comm": True, "reduce_bucket_size": 64, "allgather_bucket_size": 64}}),
     "sub_groups_split_pairs": (2, 3, {"zero": {"sub_group_size": 10}}),
     "persistent": (2, 3, {"zero": {"stage3_param_persistence_threshold": 0}}),
-    "no_alternation": (2, 2, {"alternate": False}),
+    "no_alternation": (2, 2, {"turns": "both"}),
+    "joint_2": (3, 2, {"turns": "joint"}),
+    "joint_3": (3, 3, {"turns": "joint"}),
     "elementwise": (3, 3, {"second_moment": "elementwise"}),
 }
 
@@ -202,7 +204,7 @@ CASES = {
 def test_settings(ranks, name, grouped):
     """Every way DeepSpeed lays slices out, with all parameters in one group and with each pair in two."""
     world, stage, kwargs = CASES[name]
-    own = {key: kwargs[key] for key in ("alternate", "second_moment") if key in kwargs}
+    own = {key: kwargs[key] for key in ("turns", "second_moment") if key in kwargs}
     steps = 5 if name == "no_alternation" else 20  # both factors at once overshoot, and rounding grows with each step
     outcomes = ranks(world)(train_sharded, stage, steps, grouped=grouped, betas=BETAS, **kwargs)
     single = plain(steps, grouped=grouped, **own)

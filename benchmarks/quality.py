@@ -1,0 +1,199 @@
+"""Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
+
+    python benchmarks/quality.py classification --workers 2     # or factorisation, reviews, language
+    python benchmarks/quality.py page                           # tables and plots of all that has been measured
+
+A study's trainings are appended to ``results/quality/STUDY.jsonl``, each with its seed, versions, wall time and commit;
+started again, it does what is missing. First every method's whole sweep of learning rates with seed 0; then the other
+seeds at the rate with the lowest validation loss, and at no other. Where a study has a ``reference``, the accumulated
+change of the weights is compared with that of AdamW on the adapted matrices themselves, from the same start on the same
+data: the study of the distance to full fine-tuning costs no trainings of its own. ``--quick`` does a few steps of a few
+methods, to see that the study works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))  # where the main job's model and text are found
+
+import torch
+import transformers
+from filelock import FileLock
+from provenance import RESULTS, ROOT, provenance
+from studies.methods import METHODS
+from studies.page import write_page
+from studies.tasks import Classification, Factorisation, Language, Task
+from studies.training import Changes, Run, best_of_rank, compare, train
+
+LOFT = "LoFT"
+FULL = ("full", "full, adapted matrices alone")
+ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)
+LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA+", "LoRA-FA", "Riemannian")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task and what is compared on it.
+
+    Attributes:
+        task: what is trained.
+        columns: (methods, ranks) in the order in which they are trained.
+        seeds: trainings at the best learning rate.
+        reference: the learning rate of the full fine-tuning that weights are compared with; None for no comparison.
+    """
+
+    task: Task
+    columns: tuple[tuple[tuple[str, ...], tuple[int | None, ...]], ...]
+    seeds: int = 3
+    reference: float | None = None
+
+
+STUDIES = {
+    "factorisation": Study(
+        Factorisation(),
+        (((FULL[0],), (None,)), ((LOFT, *ABLATIONS, *LORAS), (8,))),
+    ),
+    "classification": Study(
+        Classification("r8"),
+        (
+            (FULL, (None,)),
+            ((LOFT, "LoFT as published", "LoRA"), (1, 2, 16)),
+            ((*ABLATIONS[1:], *LORAS[1:]), (2,)),
+            ((LOFT, "LoFT as published", "LoRA"), (4, 64)),
+        ),
+        reference=3e-4,
+    ),
+    "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
+    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (16, 1)), ((LOFT, "LoRA"), (2,)))),
+}
+SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's
+
+
+def sweep(study: Study, done: list[dict[str, Any]]) -> Iterator[Run]:
+    """The trainings still to be done, as far as the results so far tell."""
+    measured = {_key(record): record for record in done}
+    cells = [(method, rank) for methods, ranks in study.columns for rank in ranks for method in methods]
+    for method, rank in cells:
+        first = [Run(study.task.name, method, rank, lr, 0, study.task.steps) for lr in METHODS[method].rates]
+        missing = [run for run in first if run not in measured]
+        yield from missing
+        if not missing:
+            scores = {run.lr: measured[run].get(study.task.score, float("inf")) for run in first}
+            best = min(scores, key=lambda lr: scores[lr])
+            others = [replace(first[0], lr=best, seed=seed) for seed in range(1, study.seeds)]
+            yield from (run for run in others if run not in measured)
+
+
+def _key(record: dict[str, Any]) -> Run:
+    return Run(**{name: record[name] for name in Run.__dataclass_fields__})
+
+
+def measure(run: Run, study: Study) -> dict[str, Any]:
+    """One training, in a worker process, and how far from the reference its weights are on the way."""
+    if study.reference is None:
+        return train(run, study.task)
+    references = _references(replace(run, method=FULL[1], rank=None, lr=study.reference), study.task)
+    compared: dict[str, dict[str, float]] = {}
+
+    def watch(step: int, changes: Callable[[], Changes]) -> None:
+        if str(step) in references:
+            compared[str(step)] = compare(changes(), references[str(step)])
+
+    result = train(run, study.task, watch)
+    if run.rank is not None and run.method == LOFT:
+        last = references[str(run.steps)]
+        compared["nearest of this rank"] = compare(best_of_rank(last, run.rank), last)
+    return {**result, "compared": compared}
+
+
+def _references(run: Run, task: Task) -> dict[str, Changes]:
+    """The changes of the reference's weights by step, trained once by whichever worker comes first."""
+    file = ROOT / "runs" / "quality" / f"{run.task}-{run.lr}-{run.seed}-{run.steps}.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            wanted = {max(1, round(part * run.steps)) for part in SNAPSHOTS}
+            kept: dict[str, Changes] = {}
+
+            def watch(step: int, changes: Callable[[], Changes]) -> None:
+                if step in wanted:
+                    kept[str(step)] = changes()
+
+            train(run, task, watch)
+            torch.save(kept, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
+    references: dict[str, Changes] = torch.load(file, weights_only=True)
+    return references
+
+
+def run_study(study: Study, file: Path, workers: int) -> None:
+    """Train what is missing of a study, appending each result as it comes."""
+    facts = provenance()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet, initargs=(workers,)) as pool:
+        running: dict[Any, Run] = {}
+        while True:
+            waiting = [run for run in sweep(study, records(file)) if run not in running.values()]
+            for run in waiting[: workers - len(running)]:
+                running[pool.submit(measure, run, study)] = run
+            if not running:
+                return
+            future = next(as_completed(running))
+            record = future.result()
+            del running[future]
+            with file.open("a") as out:
+                out.write(json.dumps({**record, **facts}) + "\n")
+            shown = {key: value for key, value in record.items() if key.endswith(("loss", "f1"))}
+            print(json.dumps({**asdict(_key(record)), **shown, "seconds": record["seconds"]}), flush=True)
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """The results of a study so far."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _quiet(workers: int) -> None:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def quick(study: Study) -> Study:
+    """A few steps, the first method of each kind, one rank, one seed."""
+    task = study.task
+    task.steps = 3
+    if isinstance(task, Classification):
+        task.validation = task.test = 64
+    if isinstance(task, Language):
+        task.documents = 4
+    return replace(study, columns=(((FULL[0],), (None,)), ((LOFT, "LoRA"), (2,))), seeds=1)
+
+
+def main() -> None:
+    """Run one study, or write the page of all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=[*STUDIES, "page"])
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each in a process of its own")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that the study works")
+    parser.add_argument("--results", type=Path, default=RESULTS / "quality", help="folder of the JSON lines")
+    args = parser.parse_args()
+    if args.study == "page":
+        write_page(args.results, {name: study.task.score for name, study in STUDIES.items()})
+        return
+    study = STUDIES[args.study]
+    run_study(quick(study) if args.quick else study, args.results / f"{args.study}.jsonl", args.workers)
+
+
+if __name__ == "__main__":
+    main()

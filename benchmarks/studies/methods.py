@@ -1,0 +1,156 @@
+"""What the studies compare: each method as adapters (or none) and an optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from loft_ds import LoFTAdamW
+
+# A new head is no part of what is compared: it has one learning rate under every method.
+HEAD_RATE = 3e-3
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of a study.
+
+    Attributes:
+        rates: the sweep. LoFT takes full fine-tuning's; those of LoRA's family are ten times as large.
+        adapter: PEFT's LoraConfig beyond rank and targets; None for a method without adapters.
+        build: the optimizer of the model and of the names of its head's parameters.
+        alpha_over_rank: PEFT's alpha, which LoFT does not depend on.
+        own_clip: the optimizer clips by its own norm; else the gradients' norm is clipped for it.
+        matrices_only: without adapters, train only the matrices that adapters would stand for, and the head: the
+            fair upper bound.
+        switches: keyword arguments of the optimizer.
+    """
+
+    rates: tuple[float, ...]
+    build: Callable[..., list[Optimizer]]
+    adapter: dict[str, Any] | None = None
+    alpha_over_rank: float = 2.0
+    own_clip: bool = False
+    matrices_only: bool = False
+    switches: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, model: nn.Module, head: str, targets: str | list[str], rank: int, lr: float) -> Prepared:
+        """Adapters onto the model, and the optimizers that train it."""
+        if self.adapter is None:
+            if self.matrices_only:
+                wanted = set(adapted_matrices(model, targets, head))
+                for name, param in model.named_parameters():
+                    param.requires_grad_(name in wanted or bool(head and head in name))
+            trained = model
+        else:
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=self.alpha_over_rank * rank,
+                target_modules=targets,
+                task_type="SEQ_CLS" if head else None,  # PEFT trains a classifier's head in full beside the adapters
+                **self.adapter,
+            )
+            trained = get_peft_model(model, config)
+        heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
+        return Prepared(trained, self.build(trained, heads, lr, rank, **self.switches), self.own_clip)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its optimizers, ready to be trained."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    own_clip: bool
+
+
+def adapted_matrices(model: nn.Module, targets: str | list[str], head: str) -> list[str]:
+    """The weights that adapters on ``targets`` stand for, by name."""
+    shell = copy.deepcopy(model).to("meta")  # PEFT puts its layers into the model that it is given
+    get_peft_model(shell, LoraConfig(r=1, target_modules=targets, task_type="SEQ_CLS" if head else None))
+    return [f"{name}.weight" for name, module in shell.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _rest(model: nn.Module, heads: list[nn.Parameter]) -> list[nn.Parameter]:
+    apart = {id(p) for p in heads}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+
+
+def _groups(model: nn.Module, heads: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    groups = [{"params": _rest(model, heads), "lr": lr}]
+    return [*groups, {"params": heads, "lr": HEAD_RATE}] if heads else groups
+
+
+def adamw(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
+    """AdamW on all that is trained."""
+    return [AdamW(_groups(model, heads, lr), weight_decay=0.0)]
+
+
+def loft(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int, **switches: Any) -> list[Optimizer]:
+    """LoFT, with the paper's blocks switched."""
+    return [LoFTAdamW(model, params=_groups(model, heads, lr), max_grad_norm=CLIP, **switches)]
+
+
+def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
+    """One of PEFT's optimizers for the adapters, AdamW for the head."""
+
+    def build(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
+        for p in heads:  # out of its sight
+            p.requires_grad_(False)
+        optimizers = [create(model, lr, rank)]
+        for p in heads:
+            p.requires_grad_(True)
+        return [*optimizers, *([AdamW(heads, lr=HEAD_RATE, weight_decay=0.0)] if heads else [])]
+
+    return build
+
+
+FULL = (1e-4, 3e-4, 1e-3)
+LORA = (1e-3, 3e-3, 1e-2)
+METHODS: dict[str, Method] = {
+    "full": Method(FULL, adamw),
+    "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),
+    "LoRA": Method(LORA, adamw, adapter={}),
+    "LoRA, alpha = r": Method(LORA, adamw, adapter={}, alpha_over_rank=1.0),
+    "LoRA, alpha = 4 r": Method(LORA, adamw, adapter={}, alpha_over_rank=4.0),
+    "rsLoRA": Method(LORA, adamw, adapter={"use_rslora": True}),
+    "PiSSA": Method(LORA, adamw, adapter={"init_lora_weights": "pissa"}),
+    "LoRA+": Method(
+        LORA,
+        peft_optimizer(lambda model, lr, rank: create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=16.0)),
+        adapter={},
+    ),
+    "LoRA-FA": Method(
+        LORA,
+        peft_optimizer(lambda model, lr, rank: create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=lr)),
+        adapter={},
+    ),
+    "Riemannian": Method(
+        LORA,
+        peft_optimizer(lambda model, lr, rank: create_riemannian_optimizer(model, AdamW, lr=lr, weight_decay=0.0)),
+        adapter={},
+    ),
+    **{
+        name: Method(FULL, loft, adapter={}, own_clip=True, switches=switches)
+        for name, switches in {
+            "LoFT": {"turns": "joint"},
+            "LoFT as published": {"turns": "alternate"},
+            "LoFT, both factors, counted twice": {"turns": "both"},
+            "LoFT without gradient scaling": {"turns": "joint", "gradient_scaling": False},
+            "LoFT without momentum calibration": {"turns": "joint", "momentum_calibration": False},
+            "LoFT without second-moment calibration": {"turns": "joint", "second_moment_calibration": False},
+            "LoFT without projected update": {"turns": "joint", "projected_update": False},
+            "LoFT without projected clipping": {"turns": "joint", "projected_clipping": False},
+            "LoFT simple": {"turns": "joint", "second_moment": "elementwise"},
+        }.items()
+    },
+}

@@ -1,0 +1,4 @@
+"""The page of the quality studies."""
+
+
+def write_page(folder, scores): ...

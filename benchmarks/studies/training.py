@@ -1,0 +1,125 @@
+"""One training of one method on one task, and how far its weights went from full fine-tuning's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .methods import CLIP, METHODS, adapted_matrices
+from .tasks import Task
+
+WARM_UP = 0.1  # of all steps; then a linear decay to zero
+FORWARD_LIMIT = 1e3  # a loss beyond it: the training has diverged
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training is, and the key of its result."""
+
+    task: str
+    method: str
+    rank: int | None
+    lr: float
+    seed: int
+    steps: int
+
+
+Changes = dict[str, Tensor]
+
+
+def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], None] | None = None) -> dict[str, Any]:
+    """The measures of a training, with the losses of its steps.
+
+    Args:
+        run: which training.
+        task: its task.
+        watch: called after every step with the step's number and a function that gives the change of each adapted
+            matrix since the start.
+    """
+    start = time.perf_counter()
+    model = task.model(run.seed)
+    matrices = adapted_matrices(model, task.targets, task.head)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in set(matrices)}
+    torch.manual_seed(run.seed)
+    prepared = METHODS[run.method].prepare(model, task.head, task.targets, run.rank or 0, run.lr)
+    warm_up = max(1, round(WARM_UP * run.steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm_up, 1 - max(0, step - warm_up) / (run.steps - warm_up))
+
+    schedules = [LambdaLR(optimizer, factor) for optimizer in prepared.optimizers]
+    trained = [p for p in prepared.model.parameters() if p.requires_grad]
+    losses: list[float] = []
+    diverged = False
+    prepared.model.train()
+    for step in range(run.steps):
+        loss = task.loss(prepared.model, run.seed, step)
+        losses.append(float(loss.detach()))
+        if not losses[-1] < FORWARD_LIMIT:
+            diverged = True
+            break
+        loss.backward()
+        if not prepared.own_clip:
+            nn.utils.clip_grad_norm_(trained, CLIP)
+        for optimizer, schedule in zip(prepared.optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if watch is not None:
+            watch(step + 1, lambda: changes(prepared.model, before))
+    measures: dict[str, float] = {}
+    if not diverged:
+        prepared.model.eval()
+        with torch.no_grad():
+            measures = task.evaluate(prepared.model)
+    return {
+        **asdict(run),
+        "diverged": diverged,
+        **measures,
+        "training_losses": [round(loss, 5) for loss in losses],
+        "trainable": sum(p.numel() for p in trained),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def changes(model: nn.Module, before: Changes) -> Changes:
+    """The change of each adapted matrix: the adapter's product, or the weight less what it was."""
+    with torch.no_grad():
+        deltas = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                name = f"{name.removeprefix('base_model.model.')}.weight"
+                # PiSSA moves a part of the weight into the adapter, so both count.
+                deltas[name] = module.get_base_layer().weight + module.get_delta_weight("default") - before[name]
+        own = dict(model.named_parameters())
+        return deltas or {name: own[name] - weight for name, weight in before.items()}
+
+
+def compare(change: Changes, reference: Changes) -> dict[str, float]:
+    """The cosine of the angle between two changes, all matrices as one vector, and their distance over the
+    reference's length.
+    """
+    product = sum(float((change[name] * of).sum()) for name, of in reference.items())
+    distance = sum(float((change[name] - of).square().sum()) for name, of in reference.items()) ** 0.5
+    length, reference_length = (sum(float(t.square().sum()) for t in d.values()) ** 0.5 for d in (change, reference))
+    return {
+        "cosine": product / max(length * reference_length, 1e-30),
+        "distance": distance / reference_length,
+        "length": length / reference_length,
+    }
+
+
+def best_of_rank(reference: Changes, rank: int) -> Changes:
+    """The nearest change that adapters of a rank can make: each matrix's truncated singular value decomposition."""
+    nearest = {}
+    for name, matrix in reference.items():
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        nearest[name] = left[:, :rank] * values[:rank] @ right[:rank]
+    return nearest

@@ -67,7 +67,7 @@ STUDIES = {
         Classification("r8"),
         (
             (FULL, (None,)),
-            ((LOFT, "LoFT as published", "LoRA"), (1, 2, 16)),
+            ((LOFT, "LoFT as published", "LoRA"), (1, 16, 2)),
             ((*ABLATIONS[1:], *LORAS[1:]), (2,)),
             ((LOFT, "LoFT as published", "LoRA"), (4, 64)),
         ),

@@ -114,8 +114,8 @@ def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optim
     return build
 
 
-FULL = (1e-4, 3e-4, 1e-3)
-LORA = (1e-3, 3e-3, 1e-2)
+FULL = (3e-5, 1e-4, 3e-4, 1e-3)
+LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),

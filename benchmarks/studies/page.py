@@ -1,4 +1,199 @@
-"""The page of the quality studies."""
+"""The page of the quality studies: tables and plots of the JSON lines, and nothing that is not in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import pandas
+from scipy import stats
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LORA, BOUND, FULL = "LoRA", "full, adapted matrices alone", "full"
+# What is shown of a study, where it was measured: column, heading, whether the gap to full fine-tuning is shown too.
+MEASURES = {
+    "loss": ("squared error", True),
+    "test_loss": ("test loss", True),
+    "test_macro_f1": ("test macro-F1", False),
+    "other_text_loss": ("loss on another text (forgetting)", False),
+}
+SNAPSHOT_TITLE = "Distance from full fine-tuning's weights"
 
 
-def write_page(folder, scores): ...
+def write_page(folder: Path, scores: dict[str, str]) -> None:
+    """Write ``quality.md`` beside the folder and a plot a study into it.
+
+    Args:
+        folder: where the JSON lines lie.
+        scores: by study, the measure that learning rates were chosen by.
+    """
+    text = ["# Does it learn better?", "", _how(), ""]
+    for name, score in scores.items():
+        file = folder / f"{name}.jsonl"
+        if file.exists():
+            text += [f"## {name}", "", *_study(pandas.read_json(file, lines=True), score, folder, name)]
+        else:
+            text += [f"## {name}", "", f"Not run yet: `python benchmarks/quality.py {name}`.", ""]
+    notes = folder / "findings.md"
+    if notes.exists():
+        text += [notes.read_text().strip(), ""]
+    (folder.parent / "quality.md").write_text("\n".join(text))
+
+
+def _how() -> str:
+    return (
+        "Made from `quality/*.jsonl` by `python benchmarks/quality.py page`. Every method has a sweep of four learning "
+        "rates, a factor of about three apart, the same steps, batches, warm-up (10%), linear decay and clipping at "
+        "1.0; the rate is chosen on validation data with seed 0 and trained with the other seeds. A value is the mean "
+        "over seeds, with the half width of its 95% confidence interval (Student's t) after the ±; one seed alone has "
+        "none. `*`: the best rate lies at the edge of its sweep, so a wider one may do better."
+    )
+
+
+def _study(frame: pandas.DataFrame, score: str, folder: Path, name: str) -> Iterator[str]:
+    frame["rank"] = frame["rank"].fillna(0).astype(int)
+    chosen = _chosen(frame, score)
+    one = frame.iloc[-1]
+    versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items() if version)
+    commits = sorted({str(commit)[:12] for commit in frame["commit"]})
+    yield (
+        f"{len(frame)} trainings of {one['steps']} steps, {frame['seconds'].sum() / 3600:.1f} hours; {one['device']}; "
+        f"{frame['date'].min()} to {frame['date'].max()}; commits {', '.join(commits)}; {versions}. "
+        f"Command: `{one['command']}`."
+    )
+    yield ""
+    for measure, (heading, has_gap) in MEASURES.items():
+        if measure in frame:
+            yield from (f"**{heading[0].upper()}{heading[1:]}** at the chosen rate", "", _table(chosen, measure), "")
+            if has_gap:
+                gap = _gap(chosen, measure)
+                if gap is not None:
+                    yield f"**Part of the gap between LoRA and full fine-tuning that is closed** ({heading})"
+                    yield from ("", gap, "")
+    yield from ("**The sweep** (seed 0): " + score.replace("_", " "), "", _sweep(frame, score), "")
+    if "compared" in frame and frame["compared"].notna().any():
+        yield from (f"**{SNAPSHOT_TITLE}**, at the chosen rate", "", *_distances(chosen), "")
+    plot = folder / f"{name}.png"
+    _draw(frame, chosen, score, plot)
+    yield from (f"![{name}]({folder.name}/{plot.name})", "")
+
+
+def _chosen(frame: pandas.DataFrame, score: str) -> pandas.DataFrame:
+    """All seeds of each method and rank at the learning rate that does best with seed 0."""
+    parts = []
+    for _, cell in frame.groupby(["method", "rank"], sort=False):
+        swept = cell[cell["seed"] == 0].dropna(subset=[score])
+        if len(swept):
+            best = swept.loc[swept[score].idxmin(), "lr"]
+            edge = best in (cell["lr"].min(), cell["lr"].max())
+            parts.append(cell[cell["lr"] == best].assign(edge=edge))
+    return pandas.concat(parts)
+
+
+def _mean(values: pandas.Series) -> str:
+    values = values.dropna()
+    if not len(values):
+        return "diverged"
+    if len(values) == 1:
+        return f"{values.iloc[0]:.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return f"{values.mean():.3f} ± {half:.3f}"
+
+
+def _rank_name(rank: int) -> str:
+    return f"r = {rank}" if rank else "all weights"
+
+
+def _table(chosen: pandas.DataFrame, measure: str) -> str:
+    rows: dict[str, dict[str, str]] = {}
+    for (method, rank), cell in chosen.groupby(["method", "rank"], sort=False):
+        mark = " *" if cell["edge"].iloc[0] else ""
+        rows.setdefault(method, {})[_rank_name(rank)] = f"{_mean(cell[measure])} at {cell['lr'].iloc[0]:g}{mark}"
+    ranks = [_rank_name(rank) for rank in sorted(chosen["rank"].unique())]
+    table = pandas.DataFrame.from_dict(rows, orient="index").reindex(columns=ranks).fillna("")
+    return str(table.to_markdown(disable_numparse=True))
+
+
+def _gap(chosen: pandas.DataFrame, measure: str) -> str | None:
+    """(LoRA - method) / (LoRA - full) of the means; the better of the two full fine-tunings is the end of the scale."""
+    means = chosen.groupby(["method", "rank"], sort=False)[measure].mean()
+    full = min((means[name, 0] for name in (FULL, BOUND) if (name, 0) in means), default=None)
+    rows: dict[str, dict[str, str]] = {}
+    for (method, rank), value in means.items():
+        if rank and method != LORA and (LORA, rank) in means and full is not None and means[LORA, rank] > full:
+            part = (means[LORA, rank] - value) / (means[LORA, rank] - full)
+            rows.setdefault(method, {})[_rank_name(rank)] = f"{part:.0%}"
+    if not rows:
+        return None
+    return str(pandas.DataFrame.from_dict(rows, orient="index").fillna("").to_markdown(disable_numparse=True))
+
+
+def _sweep(frame: pandas.DataFrame, score: str) -> str:
+    first = frame[frame["seed"] == 0].copy()
+    first["case"] = [f"{m}, {_rank_name(r)}" for m, r in zip(first["method"], first["rank"], strict=True)]
+    table = first.pivot_table(index="case", columns="lr", values=score, sort=False, dropna=False)
+    table = table.reindex(columns=sorted(table.columns))
+    tried = first.groupby(["case", "lr"]).size()
+
+    def show(case: str, lr: float) -> str:
+        value = table.loc[case, lr]
+        return f"{value:.3f}" if pandas.notna(value) else "diverged" if (case, lr) in tried else ""
+
+    shown = pandas.DataFrame({f"{lr:g}": {case: show(case, lr) for case in table.index} for lr in table.columns})
+    return str(shown.to_markdown(disable_numparse=True))
+
+
+def _distances(chosen: pandas.DataFrame) -> Iterator[str]:
+    """Cosine and relative distance at each snapshot, means over seeds."""
+    rows = [
+        {"method": record["method"], "rank": _rank_name(record["rank"]), "step": step, **values}
+        for record in json.loads(chosen.to_json(orient="records"))
+        for step, values in (record["compared"] or {}).items()
+    ]
+    frame = pandas.DataFrame(rows)
+    frame["method"] = frame["method"].where(frame["step"].str.isdigit(), "the nearest change of this rank")
+    last = frame[frame["step"].str.isdigit()]["step"].astype(int).max()
+    frame["step"] = frame["step"].where(frame["step"].str.isdigit(), str(last)).astype(int)
+    means = frame.groupby(["rank", "method", "step"], sort=False)[["distance", "cosine", "length"]].mean()
+    table = means.unstack("step")
+    table.columns = [f"{kind}, step {step}" for kind, step in table.columns]
+    yield (
+        "Of the change of all adapted matrices since the start, against that of AdamW on these matrices themselves at "
+        "one learning rate on the same data: the distance over the reference's length, the cosine of the angle, and "
+        "the length over the reference's."
+    )
+    yield from ("", str(table.reset_index().fillna("").to_markdown(index=False, floatfmt=".2f")))
+
+
+def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: Path) -> None:
+    """The sweep on the left, the measure over ranks on the right."""
+    measure = next(name for name in MEASURES if name in frame)
+    main = [m for m in (FULL, BOUND, "LoFT", "LoFT as published", LORA) if m in set(frame["method"])]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    colours = dict(zip(main, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for (method, rank), cell in frame[frame["seed"] == 0].groupby(["method", "rank"], sort=False):
+        if method in main:
+            cell = cell.sort_values("lr")
+            style = {0: "-", 1: ":", 2: "--", 16: "-"}.get(rank, "-.")
+            left.plot(
+                cell["lr"], cell[score], style, marker="o", color=colours[method], label=f"{method}, {_rank_name(rank)}"
+            )
+    left.set(xscale="log", xlabel="learning rate", ylabel=score.replace("_", " "), title="sweep, seed 0")
+    left.legend(fontsize="x-small")
+    for method in main:
+        cells = chosen[chosen["method"] == method].groupby("rank")[measure]
+        means, errors = cells.mean(), cells.sem().fillna(0)
+        if list(means.index) == [0]:
+            right.axhline(means.iloc[0], color=colours[method], linestyle="--", label=method)
+        else:
+            right.errorbar(means.index, means, yerr=errors, marker="o", color=colours[method], label=method)
+    right.set(xscale="log", xlabel="rank", ylabel=MEASURES[measure][0], title="at the chosen rate, mean and its error")
+    right.legend(fontsize="x-small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

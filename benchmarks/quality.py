@@ -37,7 +37,7 @@ from studies.page import write_page
 from studies.tasks import Classification, Factorisation, Language, Task
 from studies.training import Changes, Run, best_of_rank, compare, train
 
-LOFT = "LoFT"
+LOFT, JOINT = "LoFT", "LoFT, joint"
 FULL = ("full", "full, adapted matrices alone")
 CUT = "AdamW, change cut to rank r"
 ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)
@@ -72,10 +72,10 @@ STUDIES = {
         Classification("r8"),
         (
             (FULL, (None,)),
-            ((LOFT, "LoFT as published", "LoRA"), (1, 16, 2)),
+            ((LOFT, JOINT, "LoRA"), (1, 16, 2)),
             ((CUT,), (1, 16)),
             ((*ABLATIONS[1:], *LORAS[1:]), (2,)),
-            ((LOFT, "LoFT as published", "LoRA"), (4, 64)),
+            ((LOFT, JOINT, "LoRA"), (4, 64)),
         ),
         reference=3e-4,
     ),

@@ -85,7 +85,7 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
         **measures,
         "training_losses": [round(loss, 5) for loss in losses],
         "trainable": sum(p.numel() for p in trained),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start, 3),
     }
 
 

@@ -134,8 +134,9 @@ class Watch(TrainerCallback):
     def _fail(self, error: Exception) -> None:
         """Says what ended this rank, unless another rank has said what ended the job, and leaves."""
         if _is_of_a_collective(error):
-            self._own["error"] = str(error).splitlines()[0]
+            # First: whoever reads of the error judges by both.
             self._own["master"] = _reaches_master(self._interval)
+            self._own["error"] = str(error).splitlines()[0]
             self._note()
             self._say(f"{self._verdict()}. Rank {self._rank} saw: {self._own['error']}")
         else:

@@ -1,10 +1,16 @@
 """LoFT for large models: low-rank adaptation that behaves like full fine-tuning, under DeepSpeed ZeRO."""
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .durable import CheckpointError
-from .export import export_adapter
-from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
-from .optimizer import LoFTAdamW
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .durable import CheckpointError
+    from .export import export_adapter
+    from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
+    from .optimizer import LoFTAdamW
 
 __all__ = [
     "CheckpointError",
@@ -17,3 +23,18 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
+
+# Imported when first asked for: `python -m loft_ds.plan` needs neither the Trainer nor DeepSpeed, which take seconds.
+_MODULES = {
+    "CheckpointError": "durable",
+    "LoFTAdamW": "optimizer",
+    "export_adapter": "export",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'hf')}", __name__), name)

@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .adapters import adapters_of, parameters_of
 from .checkpoint import attached
 from .durable import first_rank, together
-from .factors import adapters_of, parameters_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra, kernels
+from .adapters import find_trainable
 from .batch import Batch, batches, each_pair, own_copies
-from .factors import Factor, find_trainable, shape_of
+from .factors import Factor, shape_of
 from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import one_layer
 
-from loft_ds.factors import find_trainable
+from loft_ds.adapters import find_trainable
 from loft_ds.sharding.exchange import Cut, Partition, divide_rows, even_cut, plan_gather, plan_rows
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import loft_ds
 from loft_ds import LoFTAdamW
-from loft_ds.factors import find_trainable
+from loft_ds.adapters import find_trainable
 
 BETAS = (0.9, 0.99)
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loft_ds import LoFTAdamW
-from loft_ds.factors import find_trainable
+from loft_ds.adapters import find_trainable
 
 
 class Zoo(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from models import batch, odd_model, trained
 
 from loft_ds import LoFTAdamW
-from loft_ds.factors import find_trainable
+from loft_ds.adapters import find_trainable
 from loft_ds.sharding import deepspeed as readers
 
 

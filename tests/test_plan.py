@@ -12,7 +12,7 @@ import transformers
 from scaling import TINY, Setup, measure
 from scaling import main as scaling_main
 
-from loft_ds.factors import find_trainable
+from loft_ds.adapters import find_trainable
 from loft_ds.plan import GPUS, Division, Job, memory, peak, plan, shapes_of, traffic
 from loft_ds.plan.__main__ import largest_rank, main, smallest_stage
 from loft_ds.plan.model import deepspeed_traffic

@@ -77,7 +77,7 @@ class Shapes:
         return min(min(m, n) for _, m, n in self.layers)
 
     def factors(self, rank: int) -> list[Factor]:
-        """The factors that :func:`loft_ds.factors.find_trainable` finds with adapters on all these layers.
+        """The factors that :func:`loft_ds.adapters.find_trainable` finds with adapters on all these layers.
 
         Raises:
             ValueError: a rank that one of the layers is too small for.

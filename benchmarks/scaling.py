@@ -147,7 +147,7 @@ def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
         "momentum": _bytes_of(state("momentum", "exp_avg"), seen),
         "second moments": _bytes_of(state("second_moment", "exp_avg_sq"), seen),
         "pending or previous": _bytes_of(state("pending", "previous"), seen),
-        "bases": _bytes_of(state("basis"), seen),
+        "bases": _bytes_of(state("basis", "weights"), seen),
         "kept rows": _bytes_of(getattr(layout, "_kept", {}).values(), seen),
         "reduce buckets": _bytes_of(buckets(), seen),
     }

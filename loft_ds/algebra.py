@@ -94,6 +94,36 @@ def unscaled_basis(basis: Tensor) -> Tensor:
     return torch.linalg.pinv(basis).mT
 
 
+def turned_weights(weights: Tensor, beta2: float, rotation: Tensor | None = None) -> Tensor:
+    """What the weights ``S`` (b, r, r) of the second moments' average are after one more gradient.
+
+    Not in the paper. Adam divides ``V`` by ``1 - beta2 ** t``, the sum of its weights, since it began at zero. But a
+    rotation takes from ``P`` what lies outside the new subspace, as if it had never been seen, and where the subspace
+    turns the sum is far less. ``S`` goes with ``P``: it is ``P`` of a row whose full gradients are white noise of unit
+    variance, ``S <- beta2 R.T S R + (1 - beta2) I``. Where ``R`` is orthogonal, as in the full-rank limit, it is
+    ``(1 - beta2 ** t) I``.
+
+    Args:
+        weights: the last step's; zeros at the start.
+        beta2: decay.
+        rotation: (b, r, r), from the last step's coordinates to this one's; None where they are the same.
+    """
+    if rotation is not None:
+        weights = rotation.mT @ weights @ rotation
+    identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    return beta2 * weights + (1 - beta2) * identity
+
+
+def bias_corrections(directions: Tensor, weights: Tensor) -> Tensor:
+    """What ``V_ij = q_j P_i q_j^T`` is to be divided by (b, l), of rows ``q_j`` (b, l, r): ``q_j S q_j^T / |q_j|^2``.
+
+    See :func:`turned_weights`. One where ``q_j`` is zero, and with it ``V_ij``.
+    """
+    lengths = directions.square().sum(-1)
+    kept = ((directions @ weights) * directions).sum(-1)
+    return torch.where(lengths > 0, kept / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
+
+
 def cauchy_schwarz_bound(beta1: float, beta2: float) -> float:
     """``rho`` of ``|M_ij| <= rho * sqrt(V_ij)``, both before bias correction; infinite where no bound exists.
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 # What a factor's state holds a row of each feature row of, in its last dimension but one; the rest is small and the
 # same on every rank.
+PAIR_STATE = ("basis", "weights")  # (r, r) of a factor, the same on all ranks that own rows of it
 ROW_STATE = ("momentum", "second_moment", "pending", "previous")
 FLAT_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -164,7 +165,7 @@ def _steps(optimizer: LoFTAdamW) -> int:
 
 
 def _local_tensors(optimizer: LoFTAdamW, layout: Layout) -> dict[str, Tensor]:
-    """What this rank writes, keyed ``name|kind``; a basis is written by the first rank that owns rows in it."""
+    """What this rank writes, keyed ``name|kind``; what all owners of a factor's rows have alike, the first of them."""
     factors = optimizer.trainable.factor_by_name
     tensors = {}
     for name, param in optimizer.trainable.parameters.items():
@@ -172,7 +173,7 @@ def _local_tensors(optimizer: LoFTAdamW, layout: Layout) -> dict[str, Tensor]:
         state = optimizer.state.get(name, {})
         tensors.update({f"{name}|{kind}": state[kind] for kind in ROW_STATE + FLAT_STATE if kind in state})
         if "basis" in state and layout.rank == _first_owner(layout.row_bounds(factors[name]).tolist()):
-            tensors[f"{name}|basis"] = state["basis"]
+            tensors.update({f"{name}|{kind}": state[kind] for kind in PAIR_STATE if kind in state})
     return {
         key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items() if t.numel()
     }
@@ -323,9 +324,10 @@ def _read(
     for kind in ROW_STATE:
         if kind in saved["state"]:
             state[kind] = part(kind, saved["rows"], start, stop, _row_shape(factor, kind, optimizer))
-    if layout.concerns(factor):
-        owner = _file_name(_first_owner(saved["rows"]), world)
-        state["basis"] = files.read(owner, f"{name}|basis", slice(None)).to(held.device)
+    owner = _file_name(_first_owner(saved["rows"]), world)
+    for kind, wanted in (("basis", layout.concerns(factor)), ("weights", optimizer.bias_calibration and start < stop)):
+        if wanted:
+            state[kind] = files.read(owner, f"{name}|{kind}", slice(None)).to(held.device)
     return values, state
 
 

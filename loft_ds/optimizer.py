@@ -33,9 +33,10 @@ class LoFTAdamW(Optimizer):
 
     ``state`` is keyed by parameter name, because under ZeRO the parameters are not what the optimizer is handed. Of a
     factor it holds, for this rank's rows beginning at ``start``: ``momentum`` (k_i, r), ``second_moment``
-    (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in (where there are rows), and either ``pending``
-    (k_i, r), the gradient of the resting step, or ``previous`` (k_i, r), the scaled rows before the last move. All have
-    a leading dimension E where the factor is that of E experts: PEFT's ``target_parameters`` are one pair each.
+    (k_i, r(r+1)/2), the ``basis`` (r, r) of the coordinates both are in and the ``weights`` (r, r) of the second
+    moment's average (both where there are rows), and either ``pending`` (k_i, r), the gradient of the resting step, or
+    ``previous`` (k_i, r), the scaled rows before the last move. All have a leading dimension E where the factor is that
+    of E experts: PEFT's ``target_parameters`` are one pair each.
 
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
@@ -54,6 +55,9 @@ class LoFTAdamW(Optimizer):
         second_moment_calibration: block 4. Off: the second moment is not turned.
         projected_update: block 5. Off: AdamW's quotient is taken on the factor, not on the projected full matrix.
         projected_clipping: block 6. Off: ``max_grad_norm`` bounds the norm of the plain factor gradients.
+        bias_calibration: not in the paper. The second moment's bias correction follows its calibration, which forgets
+            what lies outside a new subspace: see :func:`loft_ds.algebra.turned_weights`. Off, as published, it is
+            ``1 - beta2 ** t`` however much has been forgotten.
         second_moment: "matrix", one (r, r) a row, or "elementwise", the paper's simpler variant with AdamW's own.
         second_moment_dtype: torch.bfloat16 halves LoFT's largest state; it leaves the loss as it is and moves the
             trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.
@@ -82,6 +86,7 @@ class LoFTAdamW(Optimizer):
         second_moment_calibration: bool = True,
         projected_update: bool = True,
         projected_clipping: bool = True,
+        bias_calibration: bool = True,
         second_moment: Literal["matrix", "elementwise"] = "matrix",
         second_moment_dtype: torch.dtype | None = None,
         offload_second_moment: bool = False,
@@ -108,6 +113,9 @@ class LoFTAdamW(Optimizer):
         self.second_moment_calibration = second_moment_calibration
         self.projected_update = projected_update
         self.projected_clipping = projected_clipping
+        # It belongs to the second moment of full gradients that a turn projects, and to no other.
+        turned = second_moment == "matrix" and gradient_scaling and second_moment_calibration
+        self.bias_calibration = bias_calibration and turned
         self.second_moment = second_moment
         self.second_moment_dtype = second_moment_dtype
         self.offload_second_moment = offload_second_moment
@@ -150,6 +158,7 @@ class LoFTAdamW(Optimizer):
             "projected_update",
             "projected_clipping",
             "second_moment",
+            "bias_calibration",  # after those that it depends on: a message names the first that differs
         )
         return {switch: getattr(self, switch) for switch in switches} | {"dtype": str(self.second_moment_dtype)}
 
@@ -279,6 +288,7 @@ class LoFTAdamW(Optimizer):
         moves, follows = set(moving), set(following)
 
         rotations = self._turn_bases(share.rows, layout)
+        self._turn_weights(share.rows, rotations)
         scaled = {
             batch: self._scaled_gradients(batch)
             for batch in batches(
@@ -329,6 +339,9 @@ class LoFTAdamW(Optimizer):
                 state["second_moment"] = kernels.zeros_at_home(shape, dtype, values.device)
             else:
                 state["second_moment"] = values.new_zeros(shape, dtype=dtype)
+            if self.bias_calibration and rows.count:
+                square = (*values.shape[:-2], factor.rank, factor.rank)
+                state["weights"] = values.new_zeros(square, dtype=torch.float64)
         if state["start"] != rows.start or state["momentum"].shape != values.shape:
             raise RuntimeError(
                 f"the loaded state of {factor.name} is of {state['momentum'].shape[-2]} rows from row "
@@ -399,6 +412,16 @@ class LoFTAdamW(Optimizer):
             for factor, own in zip(alike, own_copies(basis.contiguous()), strict=True):
                 self.state[factor.name]["basis"] = own
         return rotations
+
+    def _turn_weights(self, rows: dict[Factor, Rows], rotations: Mapping[Factor, tuple[Tensor, Tensor]]) -> None:
+        """Bring ``weights`` up to date with this step's gradient."""
+        if not self.bias_calibration:
+            return
+        for batch in batches([f for f in rows if rows[f].count], rows, self.state, lambda f: f in rotations):
+            turned = batch.factors[0] in rotations
+            rotation = _stacked(rotations[f][1] for f in batch.factors).double() if turned else None
+            beta2 = batch.group["betas"][1]
+            batch.store("weights", algebra.turned_weights(batch.stacked("weights"), beta2, rotation))
 
     def _scaled_gradients(self, batch: Batch) -> Tensor:
         """The gradients of the rows (b, k, r) in orthonormal coordinates."""
@@ -512,14 +535,13 @@ class LoFTAdamW(Optimizer):
         """
         (beta1, beta2), eps, t = batch.group["betas"], batch.group["eps"], batch.step
         basis, momentum = batch.stacked("basis"), batch.stacked("momentum")
-        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        correction1 = 1 - beta1**t
         if self.second_moment == "elementwise":
             momentum = momentum @ basis.mT.to(batch.dtype)
-            steps = (momentum / correction1) / ((batch.stacked("second_moment") / correction2).sqrt_().add_(eps))
+            steps = (momentum / correction1) / ((batch.stacked("second_moment") / (1 - beta2**t)).sqrt_().add_(eps))
             return batch.parts(steps)
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
-        quotient = kernels.Quotient(correction1, correction2, eps, bound)
         whole = each_pair(partner for f in batch.factors if (partner := partners[f]) is not None)
         update = kernels.projected_update if whole else kernels.normalized_update
         arrived = batch.take("arrived")
@@ -532,7 +554,11 @@ class LoFTAdamW(Optimizer):
             if whole:
                 # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
                 directions = torch.stack(whole[piece]).double() @ (batch.scaling * directions)
-            directions = directions.to(batch.dtype)
+            if self.bias_calibration:
+                corrections = algebra.bias_corrections(directions, batch.stacked("weights")[piece])
+            else:
+                corrections = directions.new_full(directions.shape[:2], 1 - beta2**t)
+            directions, corrections = directions.to(batch.dtype), corrections.to(batch.dtype)
             for (pairs, rows), chunk in second_moments.chunks(packed[piece]):
                 here = slice(piece.start + pairs.start, piece.start + pairs.stop)
                 kernels.accumulate_second_moment_(
@@ -543,6 +569,7 @@ class LoFTAdamW(Optimizer):
                     rotation=None if rotation is None else rotation[here],
                     seed=t,
                 )
+                quotient = kernels.Quotient(correction1, corrections[pairs], eps, bound)
                 steps[here, rows] = update(momentum[here, rows], chunk, directions[pairs], quotient)
         return batch.parts(steps @ basis.mT.to(batch.dtype) if whole else steps)
 

@@ -29,6 +29,7 @@ class Oracle:
         second_moment_calibration: bool = True,
         projected_update: bool = True,
         projected_clipping: bool = True,
+        bias_calibration: bool = True,
         second_moment: str = "matrix",
     ) -> None:
         self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
@@ -45,6 +46,9 @@ class Oracle:
         r = A.shape[0]
         self.P = {side: X.new_zeros(len(X), r, r) for side, X in self.X.items()}
         self.V = {side: torch.zeros_like(X) for side, X in self.X.items()}
+        self.turn_bias = bias_calibration and second_moment_calibration and gradient_scaling
+        # What P of a row is whose full gradients are white noise of unit variance.
+        self.S = {side: X.new_zeros(r, r) for side, X in self.X.items()}
         self.t = 0
         self.norm = 0.0
 
@@ -80,20 +84,26 @@ class Oracle:
                     self.M[side] = self.M[side] @ R
                 if self.turn_p:
                     self.P[side] = R.T @ self.P[side] @ R
+                    self.S[side] = R.T @ self.S[side] @ R
             self.T_prev[side] = T[side].clone()
             # 4. accumulation
             self.M[side] = b1 * self.M[side] + (1 - b1) * g[side]
             self.P[side] = b2 * self.P[side] + (1 - b2) * g[side][:, :, None] * g[side][:, None, :]
             self.V[side] = b2 * self.V[side] + (1 - b2) * g[side] ** 2
+            self.S[side] = b2 * self.S[side] + (1 - b2) * inverse[side]
             # 5. projected full update
             if not self.matrix:
                 update[side] = (self.M[side] / (1 - b1**t)) / ((self.V[side] / (1 - b2**t)).sqrt() + self.eps)
             elif not self.project:
                 diagonal = torch.diagonal(self.P[side], dim1=1, dim2=2).clamp_min(0)
-                update[side] = (self.M[side] / (1 - b1**t)) / ((diagonal / (1 - b2**t)).sqrt() + self.eps)
+                correction2 = self.S[side].diag() / inverse[side].diag() if self.turn_bias else 1 - b2**t
+                update[side] = (self.M[side] / (1 - b1**t)) / ((diagonal / correction2).sqrt() + self.eps)
             else:
                 V = torch.einsum("jr,krs,js->kj", T[side], self.P[side], T[side]).clamp_min(0)
-                U = (self.M[side] @ T[side].T / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + self.eps)
+                kept, whole = (torch.einsum("jr,rs,js->j", T[side], N, T[side]) for N in (self.S[side], inverse[side]))
+                # Where T is zero V is, too.
+                correction2 = torch.where(whole > 0, kept / whole, 1.0) if self.turn_bias else 1 - b2**t
+                U = (self.M[side] @ T[side].T / (1 - b1**t)) / ((V / correction2).sqrt() + self.eps)
                 update[side] = U @ T[side] @ inverse[side]
         for side in moving:
             decay = 1 - self.lr * self.wd if side == leading or self.turns == "both" else 1.0

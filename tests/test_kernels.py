@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +15,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from loft_ds import kernels
 from loft_ds.algebra import cauchy_schwarz_bound, pack
-from loft_ds.kernels import reference, storage, tiled
+from loft_ds.kernels import Quotient, reference, storage, tiled
 
 BETA1, BETA2, STEPS = 0.9, 0.99, 40
-QUOTIENT = kernels.Quotient(
-    correction1=1 - BETA1**STEPS, correction2=1 - BETA2**STEPS, eps=1e-8, bound=cauchy_schwarz_bound(BETA1, BETA2)
-)
+
 RANKS = [1, 2, 3, 5, 16, 17, 33, 64]
 # (k, n): rows fewer and more than columns, neither a multiple of a tile, and the empty and single ones.
 SHAPES = [(70, 131), (131, 70), (1, 9), (9, 1), (0, 5), (5, 0)]
+
+
+def quotient_of(basis: Tensor, bound: float = cauchy_schwarz_bound(BETA1, BETA2), eps: float = 1e-8) -> Quotient:
+    """What a step divides by: corrections that differ from row to row of the basis, as they do once it has turned."""
+    generator = torch.Generator().manual_seed(len(basis))
+    kept = torch.rand(len(basis), dtype=torch.float64, generator=generator)
+    return Quotient(1 - BETA1**STEPS, ((1 - BETA2) + kept * (BETA2 - BETA2**STEPS)).to(basis), eps, bound)
 
 
 def moments(k: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -56,11 +61,18 @@ def strided(tensor: Tensor) -> Tensor:
     return view
 
 
+def together(quotients: Sequence[Quotient]) -> Quotient:
+    """The quotients of pairs as one of a batch."""
+    return replace(quotients[0], correction2=torch.stack([each.correction2 for each in quotients]))
+
+
 def alone(function: Callable[..., Tensor | None]) -> Callable[..., Any]:
     """A function of a batch of pairs as one of a single pair."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        # Views, for some of them are changed in place.
         args, kwargs = tree_map_only(Tensor, lambda t: t[None], (args, kwargs))
+        args, kwargs = tree_map_only(Quotient, lambda q: together([q]), (args, kwargs))
         result = function(*args, **kwargs)
         return None if result is None else result[0]
 
@@ -89,12 +101,13 @@ def test_update(name: str, rank: int, dtype: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiled, "TILE_ROWS", 150)
     for seed, (k, n) in enumerate(SHAPES):
         pairs = [(*moments(k, rank, 10 * seed + i), rows(n, rank, 100 + 10 * seed + i)) for i in range(3)]
-        expected = [getattr(reference, name)(*pair, QUOTIENT) for pair in pairs]
+        expected = [getattr(reference, name)(*pair, quotient_of(pair[2])) for pair in pairs]
         for layout in (torch.Tensor.contiguous, strided):
             given = [tuple(layout(t.to(dtype)) for t in pair) for pair in pairs]
             for count in (1, 3):
                 momentum, packed, basis = zip(*given[:count], strict=True)
-                actual = getattr(kernels, name)(torch.stack(momentum), packed, torch.stack(basis), QUOTIENT)
+                quotient = together([quotient_of(each) for each in basis])
+                actual = getattr(kernels, name)(torch.stack(momentum), packed, torch.stack(basis), quotient)
                 assert actual.dtype == dtype
                 assert_close(actual, torch.stack(expected[:count]), UPDATE_TOLERANCE[dtype])
 
@@ -103,25 +116,24 @@ def test_update(name: str, rank: int, dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_update_across_tiles(k: int, n: int, rank: int) -> None:
     momentum, packed = moments(k, rank, seed=k)
     basis = rows(n, rank, seed=n)
-    expected = alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT)
+    expected = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis))
     some = torch.arange(0, k, max(1, k // 40))
-    assert_close(expected[some], reference.projected_update(momentum[some], packed[some], basis, QUOTIENT), 1e-13)
-    assert_close(
-        alone(tiled.projected_update)(momentum.float(), packed.float(), basis.float(), QUOTIENT),
-        expected,
-        UPDATE_TOLERANCE[torch.float32],
-    )
+    found = reference.projected_update(momentum[some], packed[some], basis, quotient_of(basis))
+    assert_close(expected[some], found, 1e-13)
+    momentum, packed, basis = momentum.float(), packed.float(), basis.float()
+    actual = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis))
+    assert_close(actual, expected, UPDATE_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bound", [QUOTIENT.bound, 0.5, math.inf])
+@pytest.mark.parametrize("bound", [cauchy_schwarz_bound(BETA1, BETA2), 0.5, math.inf])
 def test_bound(bound: float, dtype: torch.dtype) -> None:
     """0.5 clamps most entries."""
     momentum, packed = moments(50, 6, seed=1)
     basis = rows(40, 6, seed=2)
-    quotient = replace(QUOTIENT, bound=bound)
-    expected = reference.projected_update(momentum, packed, basis, quotient)
-    actual = alone(tiled.projected_update)(momentum.to(dtype), packed.to(dtype), basis.to(dtype), quotient)
+    expected = reference.projected_update(momentum, packed, basis, quotient_of(basis, bound))
+    momentum, packed, basis = (t.to(dtype) for t in (momentum, packed, basis))
+    actual = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis, bound))
     assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
 
 
@@ -131,13 +143,14 @@ def test_vanishing_second_moment_gives_no_update(dtype: torch.dtype) -> None:
     momentum = torch.ones(3, 2, dtype=dtype)
     packed = torch.tensor([[0.0, 0, 0], [-1e-9, 0, -1e-9], [1.0, -1, 1]], dtype=dtype)
     basis = torch.ones(4, 2, dtype=dtype)
-    assert alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT).abs().max() < 1e-6
+    assert alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis)).abs().max() < 1e-6
 
 
 def test_nan_is_not_hidden() -> None:
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = math.nan
-    update = alone(tiled.projected_update)(momentum, packed, rows(5, 3, seed=2), QUOTIENT)
+    basis = rows(5, 3, seed=2)
+    update = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis))
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -147,7 +160,7 @@ def test_first_step_follows_the_sign() -> None:
     gradient, basis = rows(200, 8, seed=3).float(), rows(100, 8, seed=4).float()
     packed = torch.zeros(200, 36)
     alone(kernels.accumulate_second_moment_)(packed, gradient, BETA2)
-    quotient = replace(QUOTIENT, correction1=1 - BETA1, correction2=1 - BETA2, eps=1e-12)
+    quotient = Quotient(1 - BETA1, torch.full((100,), 1 - BETA2), 1e-12, cauchy_schwarz_bound(BETA1, BETA2))
     update = alone(tiled.normalized_update)((1 - BETA1) * gradient, packed, basis, quotient)
     product = gradient @ basis.T
     clear = product.abs() > 1e-2 * product.abs().max()  # elsewhere V is a rounding error, and the clamp's business
@@ -195,8 +208,8 @@ def test_bfloat16_is_only_storage() -> None:
     """Arithmetic stays float32: the update is that of the stored numbers, an accumulation rounds once, at the end."""
     momentum, packed = moments(300, 16, seed=1)
     stored, basis = packed.bfloat16(), rows(200, 16, seed=2)
-    expected = reference.projected_update(momentum, stored.double(), basis, QUOTIENT)
-    actual = alone(kernels.projected_update)(momentum.float(), stored, basis.float(), QUOTIENT)
+    expected = reference.projected_update(momentum, stored.double(), basis, quotient_of(basis))
+    actual = alone(kernels.projected_update)(momentum.float(), stored, basis.float(), quotient_of(basis.float()))
     assert_close(actual, expected, UPDATE_TOLERANCE[torch.float32])
 
     gradient, pending, rotation = rows(300, 16, 3), rows(300, 16, 4), contraction(16, 5)
@@ -272,7 +285,7 @@ def test_extra_memory(stored: torch.dtype, k: int, n: int, rank: int) -> None:
     packed = torch.ones(k, rank * (rank + 1) // 2, dtype=stored)
     momentum, basis = torch.ones(k, rank, dtype=dtype), torch.ones(n, rank, dtype=dtype)
     with Allocations() as allocations:
-        result = alone(tiled.projected_update)(momentum, packed, basis, QUOTIENT)
+        result = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis))
     assert 0 < allocations.peak - result.nbytes <= tiled.WORKSPACE_BYTES
     if k * n * rank > 1e8:
         assert allocations.peak < k * n * rank  # let alone that many numbers

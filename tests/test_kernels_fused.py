@@ -7,14 +7,12 @@ again with ``TRITON_INTERPRET=1``.
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from test_kernels import (
     BETA2,
     MOMENT_TOLERANCE,
-    QUOTIENT,
     RANKS,
     SHAPES,
     UPDATE_TOLERANCE,
@@ -22,8 +20,10 @@ from test_kernels import (
     assert_close,
     contraction,
     moments,
+    quotient_of,
     rows,
     strided,
+    together,
 )
 
 from loft_ds.kernels import reference, storage, tiled
@@ -55,10 +55,10 @@ def test_projected_update(rank: int, stored: torch.dtype) -> None:
     for seed, (k, n) in enumerate(SHAPES if rank <= 33 else [(19, 70)]):
         momentum, packed = moments(k, rank, seed)
         packed, basis = packed.to(stored), rows(n, rank, 100 + seed)
-        expected = reference.projected_update(momentum, packed.double(), basis, QUOTIENT)
+        expected = reference.projected_update(momentum, packed.double(), basis, quotient_of(basis))
         given = [momentum.float().to(DEVICE), packed.to(DEVICE), basis.float().to(DEVICE)]
         for arguments in (given, [strided(t) for t in given]):
-            actual = alone(fused.projected_update)(*arguments, QUOTIENT)
+            actual = alone(fused.projected_update)(*arguments, quotient_of(given[2]))
             assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
@@ -77,13 +77,15 @@ def test_a_batch_is_its_pairs(rank: int) -> None:
     singles = [each.clone() for each in packed]
 
     fused.accumulate_second_moment_(packed, gradient, BETA2, pending=pending, rotation=rotation)
-    update = fused.projected_update(momentum, packed, basis, QUOTIENT)
+    quotient = together([quotient_of(each) for each in basis])
+    update = fused.projected_update(momentum, packed, basis, quotient)
     for i, single in enumerate(singles):
         expected = single.double()
         optional = {"pending": pending[i].double(), "rotation": rotation[i].double()}
         reference.accumulate_second_moment_(expected, gradient[i].double(), BETA2, **optional)
         assert_close(packed[i].cpu(), expected.cpu(), MOMENT_TOLERANCE[torch.float32])
-        expected = reference.projected_update(momentum[i].double(), packed[i].double(), basis[i].double(), QUOTIENT)
+        given = momentum[i].double(), packed[i].double(), basis[i].double()
+        expected = reference.projected_update(*given, quotient_of(given[2]))
         assert_close(update[i].cpu(), expected.cpu(), UPDATE_TOLERANCE[torch.float32])
 
 
@@ -94,9 +96,9 @@ def test_bound(bound: float) -> None:
 
     momentum, packed = moments(50, 6, seed=1)
     basis = rows(40, 6, seed=2)
-    quotient = replace(QUOTIENT, bound=bound)
-    expected = reference.projected_update(momentum, packed, basis, quotient)
-    actual = alone(fused.projected_update)(*(t.float().to(DEVICE) for t in (momentum, packed, basis)), quotient)
+    expected = reference.projected_update(momentum, packed, basis, quotient_of(basis, bound))
+    given = [t.float().to(DEVICE) for t in (momentum, packed, basis)]
+    actual = alone(fused.projected_update)(*given, quotient_of(given[2], bound))
     assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
@@ -106,8 +108,8 @@ def test_nan_is_not_hidden() -> None:
 
     momentum, packed = moments(4, 3, seed=1)
     momentum[1, 0] = float("nan")
-    given = (t.float().to(DEVICE) for t in (momentum, packed, rows(5, 3, seed=2)))
-    update = alone(fused.projected_update)(*given, QUOTIENT)
+    given = [t.float().to(DEVICE) for t in (momentum, packed, rows(5, 3, seed=2))]
+    update = alone(fused.projected_update)(*given, quotient_of(given[2]))
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -162,7 +164,7 @@ def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
 
     from loft_ds.kernels import fused
 
-    pointers = dict.fromkeys(("momentum", "basis_t", "out", "gradient", "pending", "rotation"), "*fp32")
+    pointers = dict.fromkeys(("momentum", "keys_t", "values", "out", "gradient", "pending", "rotation"), "*fp32")
     integers = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
     types = {"table": "*i64", "triangle": "*i32", **pointers, **integers}
     constants = {

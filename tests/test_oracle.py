@@ -20,6 +20,7 @@ ABLATIONS = [
     {"momentum_calibration": False, "second_moment_calibration": False},
     {"projected_update": False},
     {"projected_clipping": False},
+    {"bias_calibration": False},
     {"second_moment": "elementwise"},
     {"second_moment": "elementwise", "turns": "both"},
 ]
@@ -64,7 +65,7 @@ def test_every_switch_matters():
     trajectories = []
     for ablation in ABLATIONS:
         model, A, _, _ = one_layer(7, 5, 3)
-        optimizer = LoFTAdamW(model, lr=1e-2, max_grad_norm=0.5, **ablation)
+        optimizer = LoFTAdamW(model, lr=1e-1, max_grad_norm=0.5, **ablation)  # far enough for bases to turn
         generator = torch.Generator().manual_seed(0)
         for _ in range(6):
             x = torch.randn(11, 5, dtype=torch.float64, generator=generator)

@@ -3,8 +3,9 @@
 :func:`projected_update` has the structure of flash attention. A program owns a tile of rows ``[P_i, M_i]``, the
 queries, and streams over the rows ``q_j`` of the basis: from them it builds a tile of Khatri-Rao products, the keys,
 block by block along the packed triangle, accumulates ``V`` and ``M``, divides, and multiplies back with ``q_j``, the
-values. An elementwise function stands where attention has its softmax, so no running maximum is needed. The pairs of a
-batch are the heads: one launch for all. Their second moments are found through a table of addresses, where they are.
+values. Bias corrections ride on keys and values (:meth:`reference.Quotient.keys_and_values`). An elementwise function
+stands where attention has its softmax, so no running maximum is needed. The pairs of a batch are the heads: one launch
+for all. Their second moments are found through a table of addresses, where they are.
 
 float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the oracle). The choice
 of the autotuner changes which program does a row, never the order of a sum: results do not depend on it.
@@ -13,7 +14,6 @@ of the autotuner changes which program does a row, never the order of a sum: res
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -58,16 +58,15 @@ def _packed_of(table, pair, stored: tl.constexpr, aligned: tl.constexpr):  # typ
 def _projected_update_kernel(  # type: ignore[no-untyped-def]
     momentum,  # (b, k, RANK), contiguous
     table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
-    basis_t,  # (b, RANK, l), contiguous
+    keys_t,  # (b, RANK, l), contiguous
+    values,  # (b, l, RANK), contiguous
     triangle,  # int32 (2, RANK (RANK + 1) / 2): row and column of every packed entry
     out,  # (splits, b, k, RANK), contiguous
     k,
     width,  # l, how many rows the basis has
     columns_a_split,
-    inverse_correction1,
-    inverse_correction2,
     eps,
-    limit,
+    bound,
     stored: tl.constexpr,
     aligned: tl.constexpr,
     RANK: tl.constexpr,
@@ -78,12 +77,13 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out[split, pair, rows] = U[rows, columns of the split] @ basis[columns of the split]``."""
+    """``out[split, pair, rows] = quotient[rows, columns of the split] @ values[columns of the split]``."""
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
     pair = tl.program_id(2).to(tl.int64)
     packed = _packed_of(table, pair, stored, aligned)
     momentum += pair * k * RANK
-    basis_t += pair * width * RANK
+    keys_t += pair * width * RANK
+    values += pair * width * RANK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_rows = rows[:, None] < k
@@ -105,8 +105,8 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
             s = tl.load(triangle + entries, mask=in_length, other=0)
             t = tl.load(triangle + LENGTH + entries, mask=in_length, other=0)
             loaded = in_length[:, None] & in_columns[None, :]
-            q_s = tl.load(basis_t + s[:, None] * width + columns[None, :], mask=loaded, other=0.0)
-            q_t = tl.load(basis_t + t[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            q_s = tl.load(keys_t + s[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            q_t = tl.load(keys_t + t[:, None] * width + columns[None, :], mask=loaded, other=0.0)
             products = q_s * q_t * tl.where(s == t, 1.0, 2.0)[:, None]
             p = tl.load(packed + wide_rows * LENGTH + entries[None, :], mask=in_rows & in_length[None, :], other=0.0)
             second = tl.dot(p.to(tl.float32), products, acc=second, input_precision=PRECISION)
@@ -117,16 +117,16 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
             in_part = part < RANK
             m = tl.load(momentum + wide_rows * RANK + part[None, :], mask=in_rows & in_part[None, :], other=0.0)
             loaded = in_part[:, None] & in_columns[None, :]
-            q = tl.load(basis_t + part[:, None] * width + columns[None, :], mask=loaded, other=0.0)
-            first = tl.dot(m * inverse_correction1, q, acc=first, input_precision=PRECISION)
+            q = tl.load(keys_t + part[:, None] * width + columns[None, :], mask=loaded, other=0.0)
+            first = tl.dot(m, q, acc=first, input_precision=PRECISION)
         # See tiled._update_tiles for the form of the quotient. Padded columns have first = 0, so the quotient is 0.
-        inverse_root = tl.rsqrt(tl.maximum(second * inverse_correction2, _TINY, propagate_nan=tl.PropagateNan.ALL))
-        quotient = tl.maximum(first * inverse_root, -limit, propagate_nan=tl.PropagateNan.ALL)
-        quotient = tl.minimum(quotient, limit, propagate_nan=tl.PropagateNan.ALL)
+        inverse_root = tl.rsqrt(tl.maximum(second, _TINY, propagate_nan=tl.PropagateNan.ALL))
+        quotient = tl.maximum(first * inverse_root, -bound, propagate_nan=tl.PropagateNan.ALL)
+        quotient = tl.minimum(quotient, bound, propagate_nan=tl.PropagateNan.ALL)
         quotient = quotient / (1.0 + eps * inverse_root)
         loaded = in_columns[:, None] & in_rank[None, :]
-        q = tl.load(basis_t + features[None, :] * width + columns[:, None], mask=loaded, other=0.0)
-        total = tl.dot(quotient, q, acc=total, input_precision=PRECISION)
+        v = tl.load(values + columns[:, None] * RANK + features[None, :], mask=loaded, other=0.0)
+        total = tl.dot(quotient, v, acc=total, input_precision=PRECISION)
     target = out + ((split * tl.num_programs(2) + pair) * k + wide_rows) * RANK + features[None, :]
     tl.store(target, total, mask=in_rows & in_rank[None, :])
 
@@ -256,20 +256,20 @@ def projected_update(
     columns_a_split = triton.cdiv(triton.cdiv(width, columns), wanted) * columns
     splits = triton.cdiv(width, columns_a_split)
     out = momentum.new_empty(splits, count, k, rank)
+    keys, values = quotient.keys_and_values(basis.contiguous())
     _alive, table, constants = _stored(packed)
     _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits, count)](
         momentum.contiguous(),
         table,
-        basis.mT.contiguous(),
+        keys.mT.contiguous(),
+        values,
         _triangle(rank, momentum.device),
         out,
         k,
         width,
         columns_a_split,
-        1 / quotient.correction1,
-        1 / quotient.correction2,
         quotient.eps,
-        quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1,
+        quotient.bound,
         **constants,
         RANK=rank,
         PADDED=_padded(rank),

@@ -17,19 +17,30 @@ from ..algebra import pack, unpack
 
 @dataclass(frozen=True)
 class Quotient:
-    """The scalars of AdamW's quotient ``M / correction1 / (sqrt(V / correction2) + eps)`` in one step.
+    """AdamW's quotient ``M / correction1 / (sqrt(V / correction2) + eps)`` in one step.
 
     Attributes:
-        correction1: ``1 - beta1 ** t``.
-        correction2: ``1 - beta2 ** t``.
+        correction1: the weights that momentum's average is short of one: ``1 - beta1 ** t``.
+        correction2: the same of the second moment, for each row of the basis: (b, l), or (l,) of one pair. See
+            :func:`loft_ds.algebra.bias_corrections`.
         eps: AdamW's.
         bound: of ``|M|`` against ``sqrt(V)``, :func:`loft_ds.algebra.cauchy_schwarz_bound`.
     """
 
     correction1: float
-    correction2: float
+    correction2: Tensor
     eps: float
     bound: float
+
+    def keys_and_values(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Two scalings of the basis (b, l, r) that carry both corrections, so that no pass over (k, l) numbers does.
+
+        With keys ``q_j / c_j`` and values ``q_j c_j / correction1``, ``c = sqrt(correction2)``, and ``M`` and ``V``
+        made of the keys, the quotient is ``M / (sqrt(V) + eps)``, clamped to ``bound``, and what it is multiplied with
+        are the values.
+        """
+        root = self.correction2.sqrt().unsqueeze(-1)
+        return basis / root, basis * (root / self.correction1)
 
 
 def accumulate_second_moment_(
@@ -62,21 +73,21 @@ def normalized_update(
 ) -> Tensor:
     """AdamW's step on the full matrix, ``U`` (k, l), before the learning rate.
 
-    ``U_ij = M_ij / correction1 / (sqrt(V_ij / correction2) + eps)`` with ``M = momentum @ basis.T``,
+    ``U_ij = M_ij / correction1 / (sqrt(V_ij / correction2_j) + eps)`` with ``M = momentum @ basis.T``,
     ``V_ij = q_j P_i q_j.T`` and ``|M_ij|`` clamped to ``bound * sqrt(V_ij)``.
 
     Args:
         momentum: (k, r).
         packed: second moments (k, r(r+1)/2).
         basis: rows ``q_j`` (l, r).
-        quotient: this step's scalars.
+        quotient: this step's corrections, eps and bound.
     """
     full = unpack(packed, basis.shape[1])
     second = torch.einsum("jr,krs,js->kj", basis, full, basis).clamp_min_(0).sqrt_()
     first = momentum @ basis.T
     if quotient.bound != math.inf:
         first = torch.minimum(torch.maximum(first, -quotient.bound * second), quotient.bound * second)
-    return (first / quotient.correction1) / (second / math.sqrt(quotient.correction2) + quotient.eps)
+    return (first / quotient.correction1) / (second / quotient.correction2.sqrt() + quotient.eps)
 
 
 def projected_update(

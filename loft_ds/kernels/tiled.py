@@ -53,10 +53,10 @@ def _length(part: slice) -> int:
     return part.stop - part.start
 
 
-def khatri_rao(basis: Tensor, scale: float = 1.0) -> Tensor:
-    """All ``q_js * q_jt``, s <= t, doubled off the diagonal, (b, p, l): ``packed`` times them is ``V``, here scaled."""
+def khatri_rao(basis: Tensor) -> Tensor:
+    """All ``q_js * q_jt``, s <= t, doubled off the diagonal, (b, p, l): ``packed`` times them is ``V``."""
     i, j = _triangle(basis.shape[-1], basis.device)
-    weights = scale * (2 - (i == j).to(basis.dtype))
+    weights = 2 - (i == j).to(basis.dtype)
     transposed = basis.mT.contiguous()
     return transposed[:, i].mul_(transposed[:, j]).mul_(weights[:, None])
 
@@ -64,14 +64,20 @@ def khatri_rao(basis: Tensor, scale: float = 1.0) -> Tensor:
 def _update_tiles(
     momentum: Tensor,
     packed: Sequence[Tensor],
-    basis: Tensor,
+    keys: Tensor,
     quotient: Quotient,
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Yields pairs, rows, columns and that tile of ``U`` (see :func:`reference.normalized_update`); valid until the
-    next.
+    """Yields pairs, rows, columns and that tile of what the values of :meth:`Quotient.keys_and_values` are to be
+    multiplied with; valid until the next.
+
+    Args:
+        momentum: of b pairs alike, (b, k, r).
+        packed: their second moments, b of (k, r(r+1)/2).
+        keys: (b, l, r).
+        quotient: its eps and its bound.
     """
     count, size, rank = momentum.shape
-    width, dtype = basis.shape[1], momentum.dtype
+    width, dtype = keys.shape[1], momentum.dtype
     column_bytes = rank * (rank + 1) // 2 * momentum.element_size()
     # At most half of the workspace for Khatri-Rao products, which while they are built exist twice, and a quarter for
     # the tile of P that is copied where P is stored in another dtype or several pairs are taken together.
@@ -85,11 +91,9 @@ def _update_tiles(
     second_buffer, first_buffer = momentum.new_empty(2, tile)
     one = momentum.new_ones(())
     tiny = torch.finfo(dtype).tiny
-    limit = quotient.bound * math.sqrt(quotient.correction2) / quotient.correction1
 
     for pairs, columns in itertools.product(batches, column_tiles):
-        products = khatri_rao(basis[pairs, columns], 1 / quotient.correction2)
-        directions = basis[pairs, columns].mT / quotient.correction1
+        products, directions = khatri_rao(keys[pairs, columns]), keys[pairs, columns].mT
         for rows in row_tiles:
             shape = _length(pairs), _length(rows), _length(columns)
             second = second_buffer[: math.prod(shape)].view(shape)
@@ -100,8 +104,8 @@ def _update_tiles(
             # Fewer and cheaper passes than the definition; V = 0 ends in w so large that the quotient is 0.
             inverse_root = second.clamp_min_(tiny).rsqrt_()
             first.mul_(inverse_root)
-            if limit != math.inf:
-                first.clamp_(-limit, limit)
+            if quotient.bound != math.inf:
+                first.clamp_(-quotient.bound, quotient.bound)
             torch.add(one, inverse_root, alpha=quotient.eps, out=inverse_root)
             yield pairs, rows, columns, first.div_(inverse_root)
         del products  # before the next ones are built
@@ -115,9 +119,10 @@ def normalized_update(
 ) -> Tensor:
     """AdamW's step ``U`` (b, k, l) on the full matrices. See :func:`reference.normalized_update`."""
     update = momentum.new_empty(*momentum.shape[:2], basis.shape[1])
-    for pairs, rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
+    keys, _ = quotient.keys_and_values(basis)
+    for pairs, rows, columns, tile in _update_tiles(momentum, packed, keys, quotient):
         update[pairs, rows, columns] = tile
-    return update
+    return update.mul_((quotient.correction2.sqrt() / quotient.correction1).unsqueeze(1))
 
 
 def projected_update(
@@ -132,11 +137,12 @@ def projected_update(
         momentum: of b pairs alike, (b, k, r).
         packed: their second moments, b of (k, r(r+1)/2), which need not lie together.
         basis: (b, l, r).
-        quotient: this step's scalars.
+        quotient: this step's corrections, eps and bound.
     """
     projected = torch.zeros_like(momentum, memory_format=torch.contiguous_format)
-    for pairs, rows, columns, tile in _update_tiles(momentum, packed, basis, quotient):
-        projected[pairs, rows].baddbmm_(tile, basis[pairs, columns])
+    keys, values = quotient.keys_and_values(basis)
+    for pairs, rows, columns, tile in _update_tiles(momentum, packed, keys, quotient):
+        projected[pairs, rows].baddbmm_(tile, values[pairs, columns])
     return projected
 
 

@@ -122,11 +122,14 @@ class Division:
 
     @cached_property
     def bases(self) -> Tensor:
-        """(N,), bytes of the bases: of each pair on the ranks among which it lies."""
+        """(N,), bytes of the bases: of each pair on the ranks among which it lies; and of the second moments' weights:
+        of each factor where it has rows.
+        """
         total = torch.zeros(self.world, dtype=torch.int64)
         for factor in self.factors:
-            members = self.members(factor)
+            members, owned = self.members(factor), self.partitions[factor].owned
             total[members.start : members.stop] += DOUBLE * factor.rank**2
+            total[owned.ranks.start : owned.ranks.stop] += DOUBLE * factor.rank**2 * (owned.edges.diff() > 0)
         return total
 
 
@@ -205,9 +208,9 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
 
 
 def checkpoint_bytes(factors: Sequence[Factor], job: Job) -> int:
-    """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or previous, the bases."""
+    """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or previous, bases, weights."""
     return sum(
-        f.numel * 3 * FLOAT + job.second_moment * f.count * (f.rank * (f.rank + 1) // 2) + DOUBLE * f.rank**2
+        f.numel * 3 * FLOAT + job.second_moment * f.count * (f.rank * (f.rank + 1) // 2) + 2 * DOUBLE * f.rank**2
         for f in factors
     )
 

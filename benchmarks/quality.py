@@ -37,10 +37,10 @@ from studies.page import write_page
 from studies.tasks import Classification, Factorisation, Language, Task
 from studies.training import Changes, Run, best_of_rank, compare, train
 
-LOFT, JOINT = "LoFT", "LoFT, joint"
+LOFT, ALTERNATE, PUBLISHED = "LoFT", "LoFT, alternate", "LoFT as published"
 FULL = ("full", "full, adapted matrices alone")
 CUT = "AdamW, change cut to rank r"
-ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)
+ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)  # of the six blocks and ours
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA+", "LoRA-FA", "Riemannian")
 
 
@@ -72,15 +72,15 @@ STUDIES = {
         Classification("r8"),
         (
             (FULL, (None,)),
-            ((LOFT, JOINT, "LoRA"), (1, 16, 2)),
+            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1, 16, 2)),
+            ((*ABLATIONS, *LORAS[1:]), (2,)),
+            ((LOFT, "LoRA"), (4, 64)),
             ((CUT,), (1, 16)),
-            ((*ABLATIONS[1:], *LORAS[1:]), (2,)),
-            ((LOFT, JOINT, "LoRA"), (4, 64)),
         ),
         reference=3e-4,
     ),
     "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
-    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (16, 1)), ((LOFT, "LoRA"), (2,)))),
+    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA", ALTERNATE), (1, 16)), ((LOFT, "LoRA"), (2,)))),
 }
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's
 

@@ -150,15 +150,17 @@ def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optim
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 LOFT_SWITCHES: dict[str, dict[str, Any]] = {
-    "LoFT": {},
-    "LoFT, joint": {"turns": "joint"},
+    "LoFT": {"turns": "joint"},
+    "LoFT, alternate": {"turns": "alternate"},
     "LoFT, counted twice": {"turns": "both"},
-    "LoFT without gradient scaling": {"gradient_scaling": False},
-    "LoFT without momentum calibration": {"momentum_calibration": False},
-    "LoFT without second-moment calibration": {"second_moment_calibration": False},
-    "LoFT without projected update": {"projected_update": False},
-    "LoFT without projected clipping": {"projected_clipping": False},
-    "LoFT simple": {"second_moment": "elementwise"},
+    "LoFT without bias calibration": {"turns": "joint", "bias_calibration": False},
+    "LoFT as published": {"turns": "alternate", "bias_calibration": False},
+    "LoFT without gradient scaling": {"turns": "joint", "gradient_scaling": False},
+    "LoFT without momentum calibration": {"turns": "joint", "momentum_calibration": False},
+    "LoFT without second-moment calibration": {"turns": "joint", "second_moment_calibration": False},
+    "LoFT without projected update": {"turns": "joint", "projected_update": False},
+    "LoFT without projected clipping": {"turns": "joint", "projected_clipping": False},
+    "LoFT simple": {"turns": "joint", "second_moment": "elementwise"},
 }
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),

@@ -37,11 +37,13 @@ from studies.page import write_page
 from studies.tasks import Classification, Factorisation, Language, Task
 from studies.training import Changes, Run, best_of_rank, compare, train
 
-LOFT, ALTERNATE, PUBLISHED = "LoFT", "LoFT, alternate", "LoFT as published"
+LOFT, PUBLISHED = "LoFT", "LoFT as published"
+JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at some ranks: see LoFTAdamW's turns
 FULL = ("full", "full, adapted matrices alone")
+GRADIENT = "LoFT, first directions from gradients"
 CUT = "AdamW, change cut to rank r"
-ABLATIONS = tuple(name for name in METHODS if name.startswith("LoFT") and name != LOFT)  # of the six blocks and ours
-LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA+", "LoRA-FA", "Riemannian")
+ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
+LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,22 @@ class Study:
 STUDIES = {
     "factorisation": Study(
         Factorisation(),
-        (((FULL[0],), (None,)), ((LOFT, *ABLATIONS, *LORAS), (8,))),
+        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:]), (8,))),
     ),
     "classification": Study(
         Classification("r8"),
         (
             (FULL, (None,)),
-            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1, 16, 2)),
-            ((*ABLATIONS, *LORAS[1:]), (2,)),
+            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1, 2)),
+            ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
+            ((*ABLATIONS, GRADIENT, *LORAS[1:]), (2,)),
             ((LOFT, "LoRA"), (4, 64)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,
     ),
     "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
-    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA", ALTERNATE), (1, 16)), ((LOFT, "LoRA"), (2,)))),
+    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
 }
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's
 

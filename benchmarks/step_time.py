@@ -7,6 +7,9 @@ A cell is one linear layer of a real model at one rank. All methods of a cell ru
 by sample, and so do the matrix product and the copy whose rates give the floor: what else the machine does hits all of
 them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
 
+LoFT moves both factors of a pair on every step at ranks 1 and 4, and one at the others, as it does by default; the
+authors' code moves one at every rank.
+
 The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
 with packed second moments (no square root, no division) and every number of its state read and written once.
 
@@ -34,6 +37,7 @@ import torch
 from torch import nn
 
 from loft_ds import LoFTAdamW
+from loft_ds.optimizer import JOINT_RANK
 from provenance import commit_of, provenance
 
 # The distinct linear layers (out, in) of each model.
@@ -134,17 +138,21 @@ def optimizer_of(method: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
-    """Arithmetic and bytes of one LoFT step, the mean over a turn of ``B`` and one of ``A``."""
+    """Arithmetic and bytes of one LoFT step, the mean over a turn of ``B`` and one of ``A``; at ranks at which both
+    move jointly, of both.
+    """
     packed = rank * (rank + 1) // 2
+    joint = rank <= JOINT_RANK
+    gradients = 1 if joint else 2  # that a factor has taken since its last turn
     operations = numbers = 0
     for k, l in (shape, shape[::-1]):  # noqa: E741
         operations += 2 * k * l * (packed + 2 * rank)  # V, M and U @ Q
         operations += 3 * k * rank**3  # R.T P R, of whose second product only a triangle is needed
-        # Gradients of two steps, momentum, U to the factor; basis and two Gram matrices.
-        operations += 2 * rank**2 * (4 * k + 3 * l)
-        # P and X read and written once; M twice; two gradients and T read.
-        numbers += k * (2 * packed + 2 * rank + 4 * rank + 2 * rank) + l * rank
-    return operations / 2, 4 * numbers / 2
+        # Gradients, momentum, U to the factor; basis and two Gram matrices.
+        operations += 2 * rank**2 * ((gradients + 2) * k + 3 * l)
+        # P and X read and written once; M as often as there are gradients; these and T read.
+        numbers += k * (2 * packed + 2 * rank + 2 * gradients * rank + gradients * rank) + l * rank
+    return (operations, 4 * numbers) if joint else (operations / 2, 4 * numbers / 2)
 
 
 def needed_bytes(method: str, shape: tuple[int, int], rank: int) -> float:

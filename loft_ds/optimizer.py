@@ -20,6 +20,9 @@ from .factors import Factor, shape_of
 from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
 
+# Up to this rank both factors of a pair move on every step (turns="auto").
+JOINT_RANK = 4
+
 
 class LoFTAdamW(Optimizer):
     """LoFT (Tastan et al., ICLR 2026, arXiv 2505.21289) for the LoRA factors of a PEFT model, AdamW for the rest.
@@ -48,8 +51,9 @@ class LoFTAdamW(Optimizer):
             of all other parameters; None for no clipping. Under DeepSpeed ``gradient_clipping`` in the JSON sets it.
         turns: block 1 of the paper. "alternate": ``B`` moves on odd steps, ``A`` on even ones, as published. "joint":
             the factor whose turn it is moves by its whole update, the other one by the part of its own that lies
-            outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "both": both
-            move by all of theirs, and what lies in both is counted twice.
+            outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "auto": pairs
+            of rank ``JOINT_RANK`` or less jointly, where it learns better and costs little, others alternately. "both":
+            both move by all of theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.
@@ -80,7 +84,7 @@ class LoFTAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        turns: Literal["alternate", "joint", "both"] = "alternate",
+        turns: Literal["auto", "alternate", "joint", "both"] = "auto",
         gradient_scaling: bool = True,
         momentum_calibration: bool = True,
         second_moment_calibration: bool = True,
@@ -92,8 +96,8 @@ class LoFTAdamW(Optimizer):
         offload_second_moment: bool = False,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
-        if turns not in ("alternate", "joint", "both"):
-            raise ValueError(f'turns must be "alternate", "joint" or "both", not {turns!r}')
+        if turns not in ("auto", "alternate", "joint", "both"):
+            raise ValueError(f'turns must be "auto", "alternate", "joint" or "both", not {turns!r}')
         if second_moment not in ("matrix", "elementwise"):
             raise ValueError(f'second_moment must be "matrix" or "elementwise", not {second_moment!r}')
         if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and second_moment != "matrix"):
@@ -283,9 +287,9 @@ class LoFTAdamW(Optimizer):
         for factor, rows in share.rows.items():
             self._state_of(factor, rows)["step"] += 1
         leading = [f for f in share.rows if (self.state[f.name]["step"] % 2 == 1) == (f.side == "B")]
-        moving = leading if self.turns == "alternate" else list(share.rows)
-        following = [f.partner for f in leading] if self.turns == "joint" else []
-        moves, follows = set(moving), set(following)
+        following = [f.partner for f in leading if self.moves_jointly(f)]
+        moves, follows = {*leading, *following, *(share.rows if self.turns == "both" else ())}, set(following)
+        moving = [f for f in share.rows if f in moves]
 
         rotations = self._turn_bases(share.rows, layout)
         self._turn_weights(share.rows, rotations)
@@ -326,6 +330,10 @@ class LoFTAdamW(Optimizer):
         for part in share.others:
             self._adamw(part, coefficient)
         layout.write(moving)
+
+    def moves_jointly(self, factor: Factor) -> bool:
+        """Whether a pair moves as ``turns="joint"`` says."""
+        return self.turns == "joint" or (self.turns == "auto" and factor.rank <= JOINT_RANK)
 
     def _state_of(self, factor: Factor, rows: Rows) -> dict[str, Any]:
         state, values = self.state[factor.name], rows.values

@@ -23,7 +23,7 @@ class Oracle:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        turns: str = "alternate",
+        turns: str = "auto",
         gradient_scaling: bool = True,
         momentum_calibration: bool = True,
         second_moment_calibration: bool = True,
@@ -34,7 +34,7 @@ class Oracle:
     ) -> None:
         self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
         self.turns, self.scale, self.turn_m, self.turn_p = (
-            turns,
+            {"auto": "joint" if len(A) <= 4 else "alternate"}.get(turns, turns),
             gradient_scaling,
             momentum_calibration,
             second_moment_calibration,

@@ -79,11 +79,12 @@ def launches(copies, **kwargs):
     ("kwargs", "slope"),
     [
         # In plain torch R.T @ (P @ R) is a product of its own for each pair: one of A, one of B. Nothing else is.
-        ({}, 2),
+        ({"turns": "alternate"}, 2),
+        ({"turns": "joint"}, 4),
         ({"second_moment": "elementwise"}, 0),
-        ({"projected_update": False}, 2),
+        ({"turns": "alternate", "projected_update": False}, 2),
     ],
-    ids=["matrix", "elementwise", "unprojected"],
+    ids=["alternate", "joint", "elementwise", "unprojected"],
 )
 def test_launches_hardly_grow_with_the_number_of_pairs(kwargs, slope):
     few, many = launches(4, **kwargs), launches(24, **kwargs)
@@ -94,11 +95,11 @@ def test_launches_hardly_grow_with_the_number_of_pairs(kwargs, slope):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {},
+        {"lr": 1e-4},
         {"turns": "both", "lr": 1e-4},
-        {"turns": "joint", "lr": 1e-4},
+        {"turns": "alternate"},
         {"second_moment": "elementwise"},
-        {"projected_update": False},
+        {"turns": "alternate", "projected_update": False},
         {"momentum_calibration": False},
     ],
     ids=lambda kwargs: "-".join(kwargs) or "all",

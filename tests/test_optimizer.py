@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from models import batch, odd_model, one_layer, relative, trained, two_groups
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from loft_ds import LoFTAdamW
@@ -25,7 +26,7 @@ def train(model, optimizer, steps, start=0, scheduler=None):
 
 def test_factors_alternate():
     model = odd_model()
-    optimizer = LoFTAdamW(model, lr=1e-2)
+    optimizer = LoFTAdamW(model, lr=1e-2, turns="alternate")
     before = {name: p.detach().clone() for name, p in trained(model).items()}
     for step, (moves, rests) in enumerate([("lora_B", "lora_A"), ("lora_A", "lora_B"), ("lora_B", "lora_A")]):
         after = train(model, optimizer, 1, start=step)
@@ -35,6 +36,25 @@ def test_factors_alternate():
             if rests in name:
                 assert torch.equal(after[name], before[name]), name
         before = after
+
+
+def test_small_ranks_move_jointly_and_others_alternate():
+    """In one model, each as if all were of its rank."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=["0", "2"], rank_pattern={"2": 6}, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7)).double(), config).double()
+    start, moved = copy.deepcopy(model), {}
+    x, y = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    for turns in ("auto", "joint", "alternate"):
+        twin = copy.deepcopy(start)
+        optimizer = LoFTAdamW(twin, lr=1e-2, turns=turns)
+        (twin(x) - y).square().mean().backward()
+        optimizer.step()
+        moved[turns] = {name: p.detach() for name, p in trained(twin).items()}
+    for name, before in trained(start).items():
+        small = "model.0." in name
+        assert torch.equal(moved["auto"][name], moved["joint" if small else "alternate"][name])
+        assert torch.equal(moved["auto"][name], before) == (not small and "lora_A" in name)
 
 
 def test_everything_else_gets_adamw():
@@ -93,7 +113,7 @@ def test_state_dtype(dtype):
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     for name, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and key != "basis":
+            if isinstance(value, torch.Tensor) and key not in ("basis", "weights"):
                 assert value.dtype == expected, (name, key)
     assert all(p.dtype == dtype for p in trained(model).values())
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from loft_ds import LoFTAdamW
+
+from .tasks import Task
 
 # A new head is no part of what is compared: it has one learning rate under every method.
 HEAD_RATE = 3e-3
@@ -34,6 +36,8 @@ class Method:
         matrices_only: without adapters, train only the matrices that adapters would stand for, and the head: the
             fair upper bound.
         switches: keyword arguments of the optimizer.
+        gradient_batches: the adapters' first directions are those of the mean gradient of so many batches (LoRA-GA,
+            Wang et al. 2024, as PEFT does it).
     """
 
     rates: tuple[float, ...]
@@ -43,9 +47,11 @@ class Method:
     own_clip: bool = False
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
+    gradient_batches: int = 0
 
-    def prepare(self, model: nn.Module, head: str, targets: str | list[str], rank: int, lr: float) -> Prepared:
+    def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
         """Adapters onto the model, and the optimizers that train it."""
+        head, targets = task.head, task.targets
         if self.adapter is None:
             if self.matrices_only:
                 wanted = set(adapted_matrices(model, targets, head))
@@ -60,6 +66,15 @@ class Method:
                 task_type="SEQ_CLS" if head else None,  # PEFT trains a classifier's head in full beside the adapters
                 **self.adapter,
             )
+            if self.gradient_batches:
+                # PEFT looks for names here, where it knows no "all-linear" yet.
+                config.target_modules = [
+                    name.removesuffix(".weight") for name in adapted_matrices(model, targets, head)
+                ]
+                batches = range(self.gradient_batches)
+                preprocess_loraga(
+                    model, config, lambda: torch.stack([task.loss(model, seed, b) for b in batches]).sum().backward()
+                )
             trained = get_peft_model(model, config)
         heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
         return Prepared(trained, self.build(trained, heads, lr, rank, **self.switches), self.own_clip)
@@ -147,20 +162,23 @@ def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optim
     return build
 
 
+GRADIENT = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 LOFT_SWITCHES: dict[str, dict[str, Any]] = {
-    "LoFT": {"turns": "joint"},
+    "LoFT": {},
+    "LoFT, joint": {"turns": "joint"},
     "LoFT, alternate": {"turns": "alternate"},
-    "LoFT, counted twice": {"turns": "both"},
-    "LoFT without bias calibration": {"turns": "joint", "bias_calibration": False},
     "LoFT as published": {"turns": "alternate", "bias_calibration": False},
-    "LoFT without gradient scaling": {"turns": "joint", "gradient_scaling": False},
-    "LoFT without momentum calibration": {"turns": "joint", "momentum_calibration": False},
-    "LoFT without second-moment calibration": {"turns": "joint", "second_moment_calibration": False},
-    "LoFT without projected update": {"turns": "joint", "projected_update": False},
-    "LoFT without projected clipping": {"turns": "joint", "projected_clipping": False},
-    "LoFT simple": {"turns": "joint", "second_moment": "elementwise"},
+    "LoFT, joint without bias calibration": {"turns": "joint", "bias_calibration": False},
+    "LoFT without bias calibration": {"bias_calibration": False},
+    "LoFT, counted twice": {"turns": "both"},
+    "LoFT without gradient scaling": {"gradient_scaling": False},
+    "LoFT without momentum calibration": {"momentum_calibration": False},
+    "LoFT without second-moment calibration": {"second_moment_calibration": False},
+    "LoFT without projected update": {"projected_update": False},
+    "LoFT without projected clipping": {"projected_clipping": False},
+    "LoFT simple": {"second_moment": "elementwise"},
 }
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
@@ -171,6 +189,7 @@ METHODS: dict[str, Method] = {
     "LoRA, alpha = 4 r": Method(LORA, adamw, adapter={}, alpha_over_rank=4.0),
     "rsLoRA": Method(LORA, adamw, adapter={"use_rslora": True}),
     "PiSSA": Method(LORA, adamw, adapter={"init_lora_weights": "pissa"}),
+    "LoRA-GA": Method(LORA, adamw, adapter=GRADIENT, gradient_batches=4),
     "LoRA+": Method(
         LORA,
         peft_optimizer(lambda model, lr, rank: create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=16.0)),
@@ -190,4 +209,7 @@ METHODS: dict[str, Method] = {
         name: Method(FULL, loft, adapter={}, own_clip=True, switches=switches)
         for name, switches in LOFT_SWITCHES.items()
     },
+    "LoFT, first directions from gradients": Method(
+        FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
+    ),
 }

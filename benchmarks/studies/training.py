@@ -48,7 +48,7 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
     matrices = adapted_matrices(model, task.targets, task.head)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in set(matrices)}
     torch.manual_seed(run.seed)
-    prepared = METHODS[run.method].prepare(model, task.head, task.targets, run.rank or 0, run.lr)
+    prepared = METHODS[run.method].prepare(task, model, run.rank or 0, run.lr, run.seed)
     warm_up = max(1, round(WARM_UP * run.steps))
 
     def factor(step: int) -> float:

@@ -320,10 +320,9 @@ class LoFTAdamW(Optimizer):
         for batch, outside in self._outside(steps, following, share.rows, layout):
             steps.update(zip(batch.factors, batch.parts(outside), strict=True))
         for batch in batches(moving, share.rows, self.state, lambda f: f in follows):
-            values = [rows.values for rows in batch.rows]
-            for state, previous in zip(batch.states, torch._foreach_mul(values, batch.scaling), strict=True):
-                state["previous"] = previous
+            batch.store("previous", batch.values().mul_(batch.scaling))
             if not batch.is_empty:
+                values = [rows.values for rows in batch.rows]
                 if batch.factors[0] not in follows:  # W decays once a step
                     torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
                 torch._foreach_add_(values, [steps.pop(f) for f in batch.factors], alpha=-batch.group["lr"])

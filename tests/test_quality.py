@@ -37,7 +37,7 @@ def test_a_study_and_its_page(name, tmp_path):
     page = (tmp_path / "quality.md").read_text()
     chosen = [r for r in results if r["method"] == "LoFT" and r["lr"] == own_rate(results, "LoFT")]
     shown = "loss" if name == "factorisation" else "test_loss"
-    assert f"| {sum(r[shown] for r in chosen) / len(chosen):.3f} ± " in page
+    assert f"| {sum(r[shown] for r in chosen) / len(chosen):.3g} ± " in page
     assert f"quality/{name}.png" in page
     assert (tmp_path / "quality" / f"{name}.png").stat().st_size > 0
 

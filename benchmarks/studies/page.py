@@ -99,9 +99,9 @@ def _mean(values: pandas.Series) -> str:
     if not len(values):
         return "diverged"
     if len(values) == 1:
-        return f"{values.iloc[0]:.3f}"
+        return f"{values.iloc[0]:.3g}"
     half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    return f"{values.mean():.3f} ± {half:.3f}"
+    return f"{values.mean():.3g} ± {half:.2g}"
 
 
 def _rank_name(rank: int) -> str:
@@ -141,7 +141,7 @@ def _sweep(frame: pandas.DataFrame, score: str) -> str:
 
     def show(case: str, lr: float) -> str:
         value = table.loc[case, lr]
-        return f"{value:.3f}" if pandas.notna(value) else "diverged" if (case, lr) in tried else ""
+        return f"{value:.3g}" if pandas.notna(value) else "diverged" if (case, lr) in tried else ""
 
     shown = pandas.DataFrame({f"{lr:g}": {case: show(case, lr) for case in table.index} for lr in table.columns})
     return str(shown.to_markdown(disable_numparse=True))

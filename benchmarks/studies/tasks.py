@@ -60,7 +60,7 @@ class Factorisation(Task):
 
     name = "factorisation"
     score = "loss"
-    rate_scale = 30.0
+    rate_scale = 100.0
 
     def __init__(self, m: int = 1024, n: int = 512, rank: int = 8, steps: int = 300) -> None:
         self.m, self.n, self.rank, self.steps, self.targets = m, n, rank, steps, ["0"]

@@ -4,6 +4,10 @@ A collective that lost a rank fails at once (gloo, when a connection closes) or 
 does not know which rank it was. So each rank has a thread that notes every few seconds, in a file of its own in
 ``<output_dir>/.ranks``, that it lives and where it is. Files, because the checkpoints need a folder that all ranks see
 anyway, and it outlives any rank and any connection.
+
+NCCL ends the process at the time-out, and no Python is told. So the note also says how many collectives its rank has
+begun: shortly before the time-out, the rank that has begun fewer than one that waits is the one that hangs. Ranks that
+evaluate, save or load for long are not judged while none waits for another: the time-out would not end them either.
 """
 
 from __future__ import annotations
@@ -22,12 +26,17 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loft_ds.durable import CheckpointError, bound_collectives
 from loft_ds.settings import SettingsError
 
-NOTE_BYTES = 1024  # written over in place: a full disk must not make a rank look dead
+NOTE_BYTES = 8192  # written over in place: a full disk must not make a rank look dead
+ERROR_CHARACTERS = 500  # of an error in a note, which stays whole even where JSON spells each with 12 bytes
+SILENT = 24  # intervals without a new note until a rank counts as dead
+UNREADABLE = (OSError, json.JSONDecodeError)
+NEAR = 0.9  # the part of the time-out that a rank waits until it says for whom
 
 
 class Watch(TrainerCallback):
@@ -35,8 +44,8 @@ class Watch(TrainerCallback):
 
     With ``interval`` seconds between two notes (5, or a 20th of the timeout if that is less): where a collective
     failed, a rank without a new note for 4 of them is called dead, one that neither fails nor ends is called
-    hanging; and without any failure, a rank without a new note for 24 of them is called dead, long before a collective
-    of NCCL would time out.
+    hanging. Without any failure, a rank without a new note for ``SILENT`` of them is called dead, and once the first
+    step has ended, one that keeps others waiting for the part ``NEAR`` of the timeout is called hanging.
 
     Args:
         folder: the run's output folder.
@@ -48,7 +57,8 @@ class Watch(TrainerCallback):
         self._folder = Path(folder) / ".ranks"
         self._timeout = timedelta(seconds=timeout)
         self._interval = min(5.0, timeout / 20)
-        self._own: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "step": 0, "error": None, "master": True}
+        self._own: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "step": 0, "begun": 0}
+        self._own |= {"error": None, "master": True}
         self._main = threading.main_thread()
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -97,6 +107,7 @@ class Watch(TrainerCallback):
     def _note(self) -> None:
         with self._lock:
             self._own["beat"] += 1
+            self._own["begun"] = _collectives_begun(self._world)
             frame = sys._current_frames().get(self._main.ident or 0)
             if frame is not None:
                 code = frame.f_code
@@ -115,55 +126,83 @@ class Watch(TrainerCallback):
             return None
         return note
 
+    def _look(self, before: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The last notes of all ranks that have not ended as they should; as before where one cannot be read now."""
+        notes = dict(before)
+        for rank in range(self._world):
+            with contextlib.suppress(*UNREADABLE):
+                note = self._read(rank)
+                if note is None:
+                    notes.pop(rank, None)
+                else:
+                    notes[rank] = note
+        return notes
+
     def _run(self) -> None:
-        """The thread: note, and look at the next rank and at whether any rank has found a fault."""
+        """The thread: note, and look at the next rank and at whether any rank has found a fault.
+
+        It counts its looks and not the seconds, in which a disk that all share may have kept all of them.
+        """
         neighbour = (self._rank + 1) % self._world
-        last, since = self._read(neighbour), time.monotonic()
+        last: dict[str, Any] | None = None
+        silent = waiting = 0
         while not self._ended.wait(self._interval):
-            self._note()
-            if (self._folder / "fault").exists():
-                self._ended.wait(2 * self._interval)  # time for the main thread to say what it has to
-                self._leave()
-            note = self._read(neighbour)
-            if note != last:
-                last, since = note, time.monotonic()
-            elif note is not None and time.monotonic() - since > 24 * self._interval:
-                self._say(self._dead(neighbour, note, time.monotonic() - since))
-                self._leave()
+            # A network disk's bad moment, or a note half written: nothing is learnt, so nobody is judged.
+            with contextlib.suppress(*UNREADABLE):
+                if (self._folder / "fault").exists():
+                    self._ended.wait(2 * self._interval)  # time for the main thread to say what it has to
+                    self._leave()
+                begun = self._own["begun"]
+                self._note()
+                note = self._read(neighbour)
+                silent = silent + 1 if note is not None and note == last else 0
+                waits = note and last and note["begun"] == last["begun"] < begun == self._own["begun"]
+                waiting = waiting + 1 if waits and self._own["step"] else 0
+                last = note
+                if note is not None and silent > SILENT:
+                    self._say(self._dead(neighbour, note, silent * self._interval))
+                    self._leave()
+                if not silent and waiting * self._interval > NEAR * self._timeout.total_seconds():
+                    behind = {rank: other for rank, other in self._look({}).items() if other["begun"] < begun}
+                    if behind:  # and has not just come
+                        self._say(self._hanging(behind))
+                        self._leave()
 
     def _fail(self, error: Exception) -> None:
         """Says what ended this rank, unless another rank has said what ended the job, and leaves."""
+        words = f"rank {self._rank} on {self._own['host']}: {type(error).__name__}: {error}"
+        bound = threading.Timer(SILENT * self._interval, self._leave_alone, [words])
+        bound.daemon = True
+        bound.start()
         if _is_of_a_collective(error):
             # First: whoever reads of the error judges by both.
             self._own["master"] = _reaches_master(self._interval)
-            self._own["error"] = str(error).splitlines()[0]
-            self._note()
+            self._own["error"] = str(error).partition("\n")[0][:ERROR_CHARACTERS]
+            with contextlib.suppress(OSError):  # others then call this rank hanging
+                self._note()
             self._say(f"{self._verdict()}. Rank {self._rank} saw: {self._own['error']}")
         else:
             trace = "" if isinstance(error, CheckpointError) else "".join(traceback.format_exception(error))
-            self._say(f"rank {self._rank} on {self._own['host']}: {type(error).__name__}: {error}", trace)
+            self._say(words, trace)
         self._leave()
 
     def _verdict(self) -> str:
         """Which ranks a collective failed for, found by looking at the others' notes for a while."""
-        first, dead, well = {rank: self._read(rank) for rank in range(self._world)}, [], []
+        first = self._look({})
+        notes, dead, well = first, [], []
         began = time.monotonic()
         while time.monotonic() - began < 5 * self._interval:
             time.sleep(self._interval / 2)
-            notes = {rank: note for rank in range(self._world) if (note := self._read(rank)) is not None}
+            notes = self._look(notes)
             waited = time.monotonic() - began
-            dead = [rank for rank, note in notes.items() if waited > 4 * self._interval and note == first[rank]]
+            dead = [rank for rank, note in notes.items() if waited > 4 * self._interval and note == first.get(rank)]
             well = [rank for rank, note in notes.items() if note["error"] is None and rank not in dead]
             if not well:
                 break
         if dead:
             return ", ".join(self._dead(rank, notes[rank], waited) for rank in dead)
         if well:
-            return ", ".join(
-                f"rank {rank} on {notes[rank]['host']} hangs: it is alive, but does nothing after step "
-                f"{notes[rank]['step']} in {notes[rank]['where']}"
-                for rank in well
-            )
+            return self._hanging({rank: notes[rank] for rank in well})
         cut = [rank for rank, note in notes.items() if not note["master"]]
         return (
             ", ".join(
@@ -179,6 +218,13 @@ class Watch(TrainerCallback):
             f"no sign of life for {seconds:.0f} s"
         )
 
+    def _hanging(self, notes: dict[int, dict[str, Any]]) -> str:
+        return ", ".join(
+            f"rank {rank} on {note['host']} hangs: it is alive, but does nothing after step {note['step']} "
+            f"in {note['where']}"
+            for rank, note in notes.items()
+        )
+
     def _say(self, message: str, trace: str = "") -> None:
         """Speaks for all ranks, if none has spoken yet. A rename needs no space on the disk and succeeds once."""
         try:
@@ -187,6 +233,11 @@ class Watch(TrainerCallback):
             if (self._folder / "fault").exists():
                 return
         print(f"{trace}train.py: error: {message}", file=sys.stderr)
+
+    def _leave_alone(self, words: str) -> None:
+        """Ends a process that the disk keeps from asking and telling the others."""
+        print(f"train.py: error: {words} ({self._folder} does not answer)", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _leave(self) -> None:
         """Ends the process without teardown, which waits for other ranks."""
@@ -198,6 +249,12 @@ class Watch(TrainerCallback):
 def _is_of_a_collective(error: BaseException | None) -> bool:
     """Whether an error says that other ranks could not be reached: torch's, or gloo's, whose type is RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _collectives_begun(world: int) -> int:
+    """How many collectives of all ranks this one has called, whether they have ended or not."""
+    groups: list[Any] = list(distributed_c10d._world.pg_map)  # Any: torch's type stubs leave the number out
+    return sum(group._get_sequence_number_for_group() for group in groups if group.size() == world)
 
 
 def _reaches_master(seconds: float) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import inspect
+import json
+import math
 import os
 import signal
 import sys
@@ -12,14 +16,16 @@ from pathlib import Path
 
 import hosts
 import pytest
+import torch
 from launch_helpers import CONFIGS, fill_disk, free_port, make_model, write_text
 from ranks import CONTEXT
 
+import faults
 from logs import read_log
 
 STEPS, SAVE, AT = 8, 3, 5  # the fault comes in the step after so many
 TIMEOUT = 12  # seconds a collective may take here, by --ddp_timeout
-PATIENCE = 90  # seconds that a job may take here; only a job that would wait for ever reaches it
+PATIENCE = 180  # seconds that a job may take here; only a job that would wait for ever reaches it
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
@@ -43,11 +49,12 @@ def flags(tmp_path_factory) -> list[str]:
 
 
 class Job:
-    """Two ranks of launch/train.py, without a launcher that would end the one when the other ends.
+    """Ranks of launch/train.py, without a launcher that would end the one when the other ends.
 
     Args:
         faults: What a rank runs when step ``AT`` has ended.
         spaces: The network namespace of each rank.
+        world: How many ranks.
     """
 
     def __init__(
@@ -58,10 +65,12 @@ class Job:
         faults: dict[int, Callable[[Path], None]] | None = None,
         spaces: tuple[str, str] | None = None,
         address: str = "127.0.0.1",
+        world: int = 2,
     ) -> None:
         argv = ["train.py", *flags, "--output_dir", str(out), *extra]
-        self._logs = [out.parent / f"{out.name}-{rank}.log" for rank in range(2)]
-        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        self._logs = [out.parent / f"{out.name}-{rank}.log" for rank in range(world)]
+        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         self.ranks = [
             CONTEXT.Process(
                 target=_run,
@@ -98,7 +107,7 @@ def _run(rank, environment, argv, log, fault, out, space):
         namespace = os.open(f"/run/netns/{space}", os.O_RDONLY)
         assert ctypes.CDLL(None).setns(namespace, CLONE_NEWNET) == 0
         environment |= {"GLOO_SOCKET_IFNAME": hosts.INTERFACE, "TP_SOCKET_IFNAME": hosts.INTERFACE}
-    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     import train
 
     if fault is not None:
@@ -151,17 +160,21 @@ def die(out):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_first_rank_dies_and_is_named(flags, tmp_path):
+def test_the_first_rank_dies_and_is_named(flags, tmp_path, uninterrupted):
     job = Job(flags, tmp_path / "out", faults={0: die})
     assert job.end() == [-signal.SIGKILL, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 0 on ")
     assert f"died or was stopped after step {AT}: no sign of life for" in error
+    resumes(flags, tmp_path / "out", uninterrupted)
 
 
 def hang(out):
     while True:
         time.sleep(1)
+
+
+HANGS = inspect.getsourcelines(hang)[1] + 2
 
 
 def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
@@ -173,12 +186,90 @@ def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
     assert f"died or was stopped after step {AT}: no sign of life for" in error
 
 
-def test_a_rank_that_hangs_is_named_and_ends_too(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", faults={1: hang})
+def test_of_three_ranks_the_one_that_hangs_is_named(flags, tmp_path):
+    job = Job(flags, tmp_path / "out", faults={1: hang}, world=3)
+    assert job.end() == [1, 1, 1], job.said()
+    (error,) = job.errors()
+    assert error.startswith("train.py: error: rank 1 on ")
+    assert error.endswith(f"hangs: it is alive, but does nothing after step {AT} in hang (test_faults.py:{HANGS})")
+
+
+def late(out):
+    faults.NEAR = math.inf
+
+
+def test_a_rank_that_hangs_is_named_by_the_collective_that_failed(flags, tmp_path, uninterrupted):
+    job = Job(flags, tmp_path / "out", faults={0: late, 1: hang})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
-    assert "rank 1 on " in error
-    assert f"hangs: it is alive, but does nothing after step {AT} in hang (test_faults.py:" in error
+    assert error.startswith("train.py: error: rank 1 on ")
+    assert f"hangs: it is alive, but does nothing after step {AT} in hang (test_faults.py:{HANGS})" in error
+    assert ". Rank 0 saw: " in error
+    resumes(flags, tmp_path / "out", uninterrupted)
+
+
+def wait_for_a_device(out):
+    torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+    hang(out)
+
+
+def test_a_rank_that_hangs_is_named_where_no_collective_fails(flags, tmp_path):
+    """As under NCCL, which tells no Python of a collective that times out."""
+    job = Job(flags, tmp_path / "out", faults={0: wait_for_a_device, 1: hang})
+    assert job.end() == [1, 1], job.said()
+    (error,) = job.errors()
+    assert error.startswith("train.py: error: rank 1 on ")
+
+
+def rest(out):
+    time.sleep(1.5 * TIMEOUT)
+
+
+def once(bad, good):
+    """``good``, but ``bad`` the first time."""
+    first = iter([bad])
+    return lambda *args: next(first, good)(*args)
+
+
+def refuse(*args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def stumble(out):
+    """A note that the disk does not take, and one that is read while it is half written."""
+    os.pwrite = once(refuse, os.pwrite)
+    faults.Watch._read = once(lambda watch, rank: json.loads('{"host": '), faults.Watch._read)
+    rest(out)
+
+
+def test_ranks_that_need_long_without_each_other_are_left_alone(flags, tmp_path, uninterrupted):
+    job = Job(flags, tmp_path / "out", faults={0: rest, 1: stumble})
+    assert job.end() == [0, 0], job.said()
+    assert losses(tmp_path / "out") == uninterrupted
+
+
+def lose(out):
+    raise torch.distributed.DistBackendError("\N{GRINNING FACE}" * 5000)
+
+
+def test_an_error_of_many_words_is_read_by_the_others(flags, tmp_path):
+    job = Job(flags, tmp_path / "out", faults={0: lose, 1: lose})
+    assert job.end() == [1, 1], job.said()
+    (error,) = job.errors()
+    assert error.startswith("train.py: error: all ranks are alive and reach rank 0, but a collective between them")
+
+
+def lose_with_the_disk(out):
+    os.pwrite = lambda *args: hang(out)
+    lose(out)
+
+
+def test_a_disk_that_hangs_keeps_no_rank(flags, tmp_path):
+    job = Job(flags, tmp_path / "out", "--ddp_timeout", "6", faults=dict.fromkeys(range(2), lose_with_the_disk))
+    assert job.end() == [1, 1], job.said()
+    for rank, error in enumerate(job.errors()):
+        assert error.startswith(f"train.py: error: rank {rank} on {os.uname().nodename}: DistBackendError: ")
+        assert error.endswith("/.ranks does not answer)")
 
 
 def fail(out):
@@ -194,22 +285,29 @@ def test_an_error_on_one_rank_is_the_one_that_is_told(flags, tmp_path):
     assert job.said().count("Traceback") == 1
 
 
-def test_a_peer_that_is_cut_off_is_named(flags, tmp_path):
+def wait_for_the_cut(out):
+    while not (out.parent / "cut").exists():
+        time.sleep(0.1)
+
+
+def test_a_peer_that_is_cut_off_is_named(flags, tmp_path, uninterrupted):
     if reason := hosts.missing():
         pytest.skip(reason)
     out = tmp_path / "out"
     with hosts.Hosts(2) as pair:
-        spaces = tuple(pair._spaces)
-        job = Job(flags, out, "--max_steps", "100000", spaces=spaces, address=pair.addresses[0])
+        both = dict.fromkeys(range(2), wait_for_the_cut)
+        job = Job(flags, out, faults=both, spaces=tuple(pair._spaces), address=pair.addresses[0])
         deadline = time.monotonic() + PATIENCE
         while not (out / "log.jsonl").exists() or AT not in losses(out):
             assert time.monotonic() < deadline, job.said()
             time.sleep(0.1)
         pair.cut(1)
+        (tmp_path / "cut").touch()
         assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert "rank 1 on " in error
     assert "is cut off: it does not reach rank 0" in error
+    resumes(flags, out, uninterrupted)
 
 
 def fill(out):

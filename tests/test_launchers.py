@@ -27,6 +27,7 @@ from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
 import train
 from arguments import parse
 from checks import LaunchError
+from logs import read_log
 
 LAUNCH = ROOT / "launch"
 STEPS, SAVE, BATCH = 40, 5, 12
@@ -153,16 +154,30 @@ def checkpoint(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}" / "trainer_state.json"
 
 
+def stop(job: Job, run: Path) -> None:
+    """Sends SIGTERM to a launcher's script in mid-run: all ranks save and end."""
+    until(checkpoint(run, SAVE).exists, "first checkpoint", job)
+    job.process.terminate()
+    assert job.process.wait(timeout=LIMIT) == 128 + signal.SIGTERM, job.log.read_text()
+    assert "saved after step" in job.log.read_text()
+    assert not (run / "metrics.json").exists(), "the job was over before it was told to stop"
+    left = subprocess.run(["pgrep", "-af", run], capture_output=True, text=True, check=False)
+    assert not left.stdout, "the script ended before its ranks"
+
+
 # --- torchrun
+
+
+# In seconds: when a silent host counts as dead, and how long a round waits for more hosts than it needs. torchrun's own
+# values, 15 and 30, are only slower.
+QUICKLY = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+ELASTIC = {"NNODES": "2:3", "NPROC": 1, "MASTER_ADDR": "node0", "PET_RDZV_CONF": QUICKLY}
 
 
 def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(3), tmp_path / "run"
-    # In seconds: when a silent host counts as dead, and how long a round waits for more hosts than it needs. torchrun's
-    # own values, 15 and 30, are only slower.
-    quickly = {"PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"}
-    env = environment(NNODES="2:3", NPROC=1, MASTER_ADDR="node0", GLOO_SOCKET_IFNAME=INTERFACE, **quickly)
-    command = [LAUNCH / "torchrun" / "run.sh", *rehearsal.flags(run, 2), "--deepspeed", CONFIGS / "zero2.json"]
+    env = environment(GLOO_SOCKET_IFNAME=INTERFACE, **ELASTIC)
+    command = [LAUNCH / "torchrun" / "run.sh", *rehearsal.flags(run, 2)]
     first, second = (start(tmp_path / f"node{i}.log", hosts.on(i, command), env=env) for i in (0, 1))
     until(checkpoint(run, 2 * SAVE).exists, "second checkpoint", first)
     hosts.kill(1)
@@ -174,6 +189,24 @@ def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, ma
     assert second.process.wait(timeout=LIMIT) != 0
     assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
     rehearsal.check(run, 2)
+
+
+def test_torchrun_takes_in_a_host_that_joins(rehearsal, make_hosts, start, tmp_path):
+    hosts, run, steps = make_hosts(3), tmp_path / "run", 150
+    env = environment(GLOO_SOCKET_IFNAME=INTERFACE, **ELASTIC)
+    long = ("--max_steps", str(steps), "--save_steps", "50")
+    command = [LAUNCH / "torchrun" / "run.sh", *rehearsal.flags(run, 2), *long]
+    jobs = [start(tmp_path / f"node{i}.log", hosts.on(i, command), env=env) for i in (0, 1)]
+    until(lambda: (run / "log.jsonl").exists() and '"loss"' in (run / "log.jsonl").read_text(), "first step", jobs[0])
+    jobs.append(start(tmp_path / "node2.log", hosts.on(2, command), env=env))
+    for job in jobs:
+        job.succeeds()
+    assert "saved after step" in jobs[0].log.read_text()
+    assert json.loads((run / "metrics.json").read_text())["world_size"] == 3
+    curve = {entry["step"]: entry["loss"] for entry in read_log(run) if "loss" in entry}
+    assert list(curve) == list(range(1, steps + 1))
+    assert curve[1] == pytest.approx(rehearsal.expected[1], rel=1e-3), "two ranks began"
+    assert curve[steps] < rehearsal.expected[STEPS], "it did not go on learning"
 
 
 # --- DeepSpeed
@@ -207,8 +240,10 @@ def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, st
     (tmp_path / "hostfile").write_text("# a comment\n\n" + "".join(f"{name} slots=1\n" for name in hosts.names))
     # Of the environment DeepSpeed hands over NCCL's and Python's part, and what this file says.
     (tmp_path / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
-    command = [LAUNCH / "deepspeed" / "run.sh", *rehearsal.flags(run, 3)]
-    job = start(tmp_path / "deepspeed.log", hosts.on(0, command), env=environment(HOSTFILE="hostfile"))
+    command = [LAUNCH / "deepspeed" / "run.sh", *rehearsal.flags(run, 3), "--resume_from_checkpoint", "True"]
+    env = environment(HOSTFILE="hostfile")
+    stop(start(tmp_path / "first.log", hosts.on(0, command), env=env), run)
+    job = start(tmp_path / "second.log", hosts.on(0, command), env=env)
     job.succeeds()
     rehearsal.check(run, 3)
     assert {line.split(":")[0] for line in job.log.read_text().splitlines()} >= set(hosts.names)  # pdsh says who spoke
@@ -231,17 +266,26 @@ def test_deepspeed_without_ssh(rehearsal, make_hosts, start, tmp_path):
     rehearsal.check(run, 2)
 
 
-# --- Open MPI
+# --- Open MPI, and DeepSpeed's on one host
 
 
-def test_mpirun(rehearsal, start, tmp_path):
-    need(("mpirun", "openmpi-bin"))
-    pytest.importorskip("mpi4py", reason="needs mpi4py")
+@pytest.mark.parametrize("launcher", ["mpi", "deepspeed"])
+def test_sigterm_to_the_script_saves_and_the_same_command_goes_on(rehearsal, start, tmp_path, launcher):
+    if launcher == "mpi":
+        need(("mpirun", "openmpi-bin"))
+        pytest.importorskip("mpi4py", reason="needs mpi4py")
+    need(("pkill", "procps"))
+    run, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
-    env = environment(NPROC=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), **as_root)
-    command = [LAUNCH / "mpi" / "run.sh", *rehearsal.flags(tmp_path / "run", 2)]
-    start(tmp_path / "mpi.log", command, env=env).succeeds()
-    rehearsal.check(tmp_path / "run", 2)
+    where = {"mpi": {"NPROC": 2, **as_root}, "deepspeed": {"HOSTFILE": hostfile}}[launcher]
+    env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), **where)
+    command = [LAUNCH / launcher / "run.sh", *rehearsal.flags(run, 2), "--resume_from_checkpoint", "True"]
+    stop(start(tmp_path / "first.log", command, env=env), run)
+    before = checkpoint(run, SAVE).stat().st_mtime_ns
+    start(tmp_path / "second.log", command, env=env).succeeds()
+    assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
+    rehearsal.check(run, 2)
 
 
 # --- Slurm
@@ -250,6 +294,7 @@ def test_mpirun(rehearsal, start, tmp_path):
 def serve_slurm(hosts: Hosts, folder: Path, start: Start) -> Path:
     """A Slurm cluster of the hosts, one processor each, with munge and all its files in ``folder``; its configuration.
 
+    Jobs of the partition ``urgent`` preempt those of the usual one.
     ``cred_expire`` is how many seconds a requeued job waits at least; Slurm's own default is 120.
     """
     key, socket = folder / "munge.key", folder / "munge.socket"
@@ -269,8 +314,14 @@ def serve_slurm(hosts: Hosts, folder: Path, start: Start) -> Path:
         "TaskPlugin": "task/none",
         "SlurmdParameters": "config_overrides",
         "SchedulerParameters": "batch_sched_delay=0,sched_interval=1",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
     }
-    nodes = f"NodeName={','.join(hosts.names)} CPUs=1\nPartitionName=all Nodes=ALL Default=YES\n"
+    nodes = (
+        f"NodeName={','.join(hosts.names)} CPUs=1\n"
+        f"PartitionName=all Nodes=ALL Default=YES PriorityTier=1 GraceTime={LIMIT}\n"
+        "PartitionName=urgent Nodes=ALL PriorityTier=2\n"
+    )
     config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()) + nodes)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # named, so that none is looked for; none is used
     for name in ("state", *hosts.names):
@@ -287,7 +338,7 @@ def serve_slurm(hosts: Hosts, folder: Path, start: Start) -> Path:
         start(folder / f"{name}.log", hosts.on(i, ["/usr/sbin/slurmd", "-D"]), env=env)
 
     def idle() -> bool:
-        states = hosts.run(0, ["sinfo", "-hNo", "%T"], env=env, capture_output=True, text=True)
+        states = hosts.run(0, ["sinfo", "-hNo", "%T", "-p", "all"], env=env, capture_output=True, text=True)
         return states.stdout.split() == ["idle"] * len(hosts.names)
 
     until(idle, "idle nodes", control)
@@ -299,12 +350,13 @@ def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_
     hosts, run = make_hosts(2), tmp_path / "run"
     env = environment(SLURM_CONF=serve_slurm(hosts, tmp_path, start), GLOO_SOCKET_IFNAME=INTERFACE)
 
-    def slurm(*command: str) -> str:
-        return hosts.run(0, list(command), env=env, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    def slurm(*command: str, **more: str) -> str:
+        done = hosts.run(0, [*command], env=env | more, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout
 
-    def submit(*options: str) -> str:
-        script = LAUNCH / "slurm" / "train.sbatch"
-        return slurm("sbatch", "--parsable", *options, "--output=%j.out", str(script), *rehearsal.flags(run, 2)).strip()
+    def submit(*options: str, flags: list[str], **more: str) -> str:
+        script = str(LAUNCH / "slurm" / "train.sbatch")
+        return slurm("sbatch", "--parsable", *options, "--output=%j.out", script, *flags, **more).strip()
 
     def job(number: str) -> dict[str, str]:
         words = slurm("scontrol", "show", "job", "-o", number).split()
@@ -317,19 +369,27 @@ def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_
         assert not over(number), (tmp_path / f"{number}.out").read_text()
         return checkpoint(run, step).exists()
 
-    number = submit("--nodes=2", "--ntasks-per-node=1")
+    number = submit("--nodes=2", "--ntasks-per-node=1", flags=rehearsal.flags(run, 2))
     until(lambda: reached(number, 2 * SAVE), "second checkpoint")
     slurm("scancel", "--batch", "--signal=USR1", number)  # as Slurm does ahead of the time limit
     until(lambda: job(number)["Restarts"] == "1", "requeued job")
-    assert not (run / "metrics.json").exists(), "the job was over before it was told to stop"
     before = checkpoint(run, SAVE).stat().st_mtime_ns
+    until(lambda: reached(number, 4 * SAVE), "fourth checkpoint")
+    doctor = ["--deepspeed", str(CONFIGS / "zero2.json"), "--output_dir", str(tmp_path), "--megabytes", "1"]
+    urgent = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=1")
+    examined = submit(*urgent, flags=doctor, PROGRAM="-m loft_ds.doctor")
+    until(lambda: job(number)["Restarts"] == "2", "preempted job")
+    assert not (run / "metrics.json").exists(), "the job was over before it was preempted"
+    until(lambda: over(examined), "end of the doctor")
+    assert job(examined)["JobState"] == "COMPLETED", (tmp_path / f"{examined}.out").read_text()
+    assert "2 on node0 (1), node1 (1)" in (tmp_path / f"{examined}.out").read_text()
     until(lambda: over(number), "end of the job")
     assert job(number)["JobState"] == "COMPLETED", (tmp_path / f"{number}.out").read_text()
     assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
-    assert "saved after step" in (tmp_path / f"{number}.out").read_text()
+    assert (tmp_path / f"{number}.out").read_text().count("saved after step") == 2
     rehearsal.check(run, 2)
 
-    cancelled = submit("--nodes=1", "--ntasks=1")
+    cancelled = submit("--nodes=1", "--ntasks=1", flags=rehearsal.flags(run, 2))
     until(lambda: (tmp_path / f"{cancelled}.out").exists(), "started job")
     slurm("scancel", cancelled)
     until(lambda: over(cancelled), "end of the cancelled job")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loft_ds.settings import check_loft_settings, read_deepspeed_json
+from loft_ds.settings import SettingsError, check_loft_settings, read_deepspeed_json
 
 # Stage 3 goes first: it needs the process group earliest, and would find that of a run before it.
 NAMES = ["zero3", "zero0", "zero1", "zero2", "zero2_offload", "zero3_offload"]
@@ -27,6 +28,36 @@ def test_the_folder_holds_these_configs_and_no_other():
 def test_every_key_is_one_that_deepspeed_knows_and_loft_can_use(name):
     path = str(CONFIGS / f"{name}.json")
     check_loft_settings(path, read_deepspeed_json(path))
+
+
+def offloading(**more):
+    return {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", **more}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}, "fp16": {"enabled": True}}, 'fp16 at ZeRO stage 0.* use stage 1.*"bf16"'),
+        ({"zero_optimization": {"stage": 0}, "fp16": {"enabled": True, "loss_scale": 1}}, None),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, None),
+        (offloading(), None),
+        (offloading(device="nvme"), 'offload_optimizer.device "nvme": use "cpu"'),
+        (offloading(super_offload=True), "super_offload"),
+        (offloading(ratio=0.5), "a ratio below 1"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "does not support ZenFlow"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "MiCS"),  # by now DeepSpeed's own message
+        ({"tensor_parallel": {"autotp_size": 2}}, "does not support tensor parallelism"),
+        ({"tensor_parallel": {"autotp_size": 1}}, None),
+        ({"torch_autocast": {"enabled": True, "dtype": "half"}}, "torch_autocast in float16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, None),
+    ],
+)
+def test_what_loft_would_refuse_later_is_refused_at_once(tmp_path, change, message):
+    path = tmp_path / "ds.json"
+    needed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    path.write_text(json.dumps({**needed, **change}))
+    with pytest.raises(SettingsError, match=f"^{path}: .*{message}") if message else contextlib.nullcontext():
+        check_loft_settings(str(path), read_deepspeed_json(str(path)))
 
 
 @pytest.fixture(scope="module")

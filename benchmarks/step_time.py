@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from loft_ds import LoFTAdamW
-from loft_ds.optimizer import JOINT_RANK
+from loft_ds.factors import JOINT_RANK
 from provenance import commit_of, provenance
 
 # The distinct linear layers (out, in) of each model.

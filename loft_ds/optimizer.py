@@ -16,12 +16,9 @@ from torch.optim import Optimizer
 from . import algebra, kernels
 from .adapters import find_trainable
 from .batch import Batch, batches, each_pair, own_copies
-from .factors import Factor, shape_of
+from .factors import JOINT_RANK, Factor, shape_of
 from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
 from .sharding.deepspeed import Clipping, find_engine, layout_of
-
-# Up to this rank both factors of a pair move on every step (turns="auto").
-JOINT_RANK = 4
 
 
 class LoFTAdamW(Optimizer):

@@ -172,7 +172,7 @@ def _distances(chosen: pandas.DataFrame) -> Iterator[str]:
 def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: Path) -> None:
     """The sweep on the left, the measure over ranks on the right."""
     measure = next(name for name in MEASURES if name in frame)
-    main = [m for m in (FULL, BOUND, "LoFT", "LoFT, joint", LORA) if m in set(frame["method"])]
+    main = [m for m in (FULL, BOUND, "LoFT", "LoFT as published", LORA) if m in set(frame["method"])]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     colours = dict(zip(main, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for (method, rank), cell in frame[frame["seed"] == 0].groupby(["method", "rank"], sort=False):

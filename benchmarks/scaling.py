@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py --quick                     # two minutes, prints only
     python benchmarks/scaling.py                             # writes results/scaling.{json,md,png}
-    deepspeed benchmarks/scaling.py --model Qwen2.5-7B       # on GPUs: one world size, that of the launcher
+    deepspeed --num_gpus 4 benchmarks/scaling.py --model Qwen2.5-7B  # on GPUs: one world size, that of the launcher
 
-Without a launcher it spawns the ranks itself, as many as asked for, on however few cores there are. Of every rank:
+Without a launcher it spawns the ranks itself, as many as asked for, on however few cores there are. Under one it adds
+its world size to those of the same model, settings and device that ``scaling.json`` has already. Of every rank:
 
 - **bytes**, by kind, of the storages that exist between a backward pass and the optimizer's step, each counted once;
 - **traffic** of a step: every c10d operator that torch dispatches, with the sizes of its tensors. ``all_to_all`` counts
@@ -27,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loft_ds import LoFTAdamW
-from loft_ds.plan import BUILTIN
-from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET
+from loft_ds import LoFTAdamW, plan
+from loft_ds.plan import BUILTIN, Job, shapes_of
+from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET, division_of
 from provenance import RESULTS, provenance
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective of CPUs that takes a minute to compile
 
 # A Llama whose adapters are large beside it, so that what the optimizer does can be seen on two cores.
 TINY = {
@@ -221,11 +224,13 @@ def build_model(setup: Setup) -> torch.nn.Module:
     config = AutoConfig.for_model(**setup.model)
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return get_peft_model(
-        model,
-        LoraConfig(r=setup.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
-        autocast_adapter_dtype=False,
+    targets: dict[bool, set[str]] = {False: set(), True: set()}
+    for path, *_, experts in shapes_of(setup.model).layers:
+        targets[experts > 1].add(".".join(path.split(".")[-2:]))
+    lora = LoraConfig(
+        r=setup.rank, target_modules=targets[False], target_parameters=sorted(targets[True]), task_type="CAUSAL_LM"
     )
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def measure(rank: int, world: int, setup: Setup) -> Measured:
@@ -289,7 +294,6 @@ def measure(rank: int, world: int, setup: Setup) -> Measured:
 
 def _serve(rank: int, world: int, store: str, setups: list[Setup], out: str) -> None:
     """One spawned rank: measures every setup, and writes what it found to a file of its own."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective that takes a minute to compile
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     deepspeed.init_distributed(
@@ -304,7 +308,9 @@ def spawned(world: int, setups: list[Setup]) -> list[list[Measured]]:
     """Each setup on ``world`` processes of this machine: what each rank measured."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        torch.multiprocessing.spawn(_serve, (world, store, setups, folder), nprocs=world)
+        # Ranks are forks of one process that has imported what they need: that takes longer than all they measure.
+        multiprocessing.set_forkserver_preload([__name__])
+        multiprocessing.start_processes(_serve, (world, store, setups, folder), world, start_method="forkserver")
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
     return [[Measured(**rank[place]) for rank in ranks] for place in range(len(setups))]
 
@@ -315,42 +321,95 @@ def law(worlds: Sequence[int], sizes: Sequence[float]) -> tuple[float, float]:
     return float(numpy.exp(intercept)), float(-slope)
 
 
-STATE = ("momentum", "second moments", "pending or previous", "masters")
+def planned(setup: Setup, world: int) -> dict[str, float]:
+    """The exact law: what loft_ds.plan says of the fullest rank, in the columns of :func:`row_of`."""
+    shapes = shapes_of(setup.model)
+    precision = 2 if setup.precision == "bf16" else 4
+    job = Job(setup.rank, world, setup.stage, precision, reduce_bucket=setup.reduce_bucket, persistent=setup.persistent)
+    division = division_of(shapes, job)
+    return {
+        **{f"{kind} kB": float(size.max()) / 1e3 for kind, size in plan.memory(shapes, job, division).items()},
+        "all_to_all kB": float(torch.stack([*plan.received(division).values()]).sum(0).max()) / 1e3,
+        "optimizer MFLOP": float(plan.arithmetic(division)[0].max()) / 1e6,
+    }
+
+
+NESTED = ["law", "every rank"]  # of a row, what scaling.json alone has
+STATE = ("momentum", "second moments", "pending or previous")
 
 
 def row_of(kind: str, world: int, setup: Setup, ranks: list[Measured]) -> dict[str, Any]:
-    """One line of the table: the fullest rank's kB and MFLOP, the slowest rank's seconds."""
-    first = ranks[0]
-    memory = {name: max(m.memory[name] for m in ranks) / 1e3 for name in first.memory}
-    state = [sum(m.memory[name] for name in STATE) for m in ranks]
+    """One line of the table: the fullest rank's kB and MFLOP, the slowest rank's seconds; and all that it is of."""
+    exact, alone = planned(setup, world), planned(replace(setup, stage=0), 1)
+
+    def share(*kinds: str) -> float:
+        """The fullest rank's bytes over 1/N of those that one rank alone would have."""
+        fullest = max(sum(m.memory[kind] for kind in kinds) for m in ranks)
+        return fullest * world / sum(1e3 * alone[f"{kind} kB"] for kind in kinds)
+
     loft = max(m.received.get("alltoall_base_", 0.0) for m in ranks)
     return {
         "scaling": kind,
         "stage": setup.stage,
         "ranks": world,
-        **{f"{name} kB": size for name, size in memory.items()},
-        "largest / mean state": max(state) / (sum(state) / world),
+        **{f"{name} kB": max(m.memory[name] for m in ranks) / 1e3 for name in ranks[0].memory},
+        "state x N / total": share(*STATE),
+        "with bases and kept rows": share(*STATE, "bases", "kept rows"),
         "all_to_all kB": loft / 1e3,
         "other received kB": max(sum(m.received.values()) - m.received.get("alltoall_base_", 0.0) for m in ranks) / 1e3,
-        "collectives": sum(first.calls.values()),
+        "collectives": sum(ranks[0].calls.values()),
         "optimizer MFLOP": max(m.arithmetic["optimizer"] for m in ranks) / 1e6,
-        **{f"{phase} s": max(m.seconds[phase] for m in ranks) for phase in first.seconds},
+        **{f"{phase} s": max(m.seconds[phase] for m in ranks) for phase in ranks[0].seconds},
         "tokens/s": min(m.tokens_per_second for m in ranks),
+        "law": exact,
+        "every rank": [asdict(m) for m in ranks],
     }
 
 
 def laws(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of what should fall as 1/N: the fitted power of N beside the exact one. Stage 0 keeps everything everywhere."""
+    """Measured beside planned, of each stage in strong scaling: how far apart, and the powers of N that fit."""
     out = []
-    columns = ("gradients kB", "masters kB", "momentum kB", "second moments kB", "optimizer MFLOP", "base weights kB")
     for stage in sorted({row["stage"] for row in rows}):
         own = [row for row in rows if row["scaling"] == "strong" and row["stage"] == stage]
-        for column in columns:
-            if len(own) < 2 or not all(row[column] for row in own):
+        for column in own[-1]["law"]:
+            found, exact = [r[column] for r in own], [r["law"][column] for r in own]
+            if not any(found + exact):
                 continue
-            exact = 0 if stage == 0 or (column.startswith("base") and stage < 3) else 1
-            _, power = law([row["ranks"] for row in own], [row[column] for row in own])
-            out.append({"stage": stage, "quantity": column.rsplit(" ", 1)[0], "fitted N^-a": power, "exact": exact})
+            line = {"stage": stage, "quantity": column, "most ranks": own[-1]["ranks"], "measured": found[-1]}
+            if "MFLOP" not in column:  # the plan's operations are not those of matrix products alone
+                apart = max(abs(f - p) / (p or f or 1) for f, p in zip(found, exact, strict=True))
+                line |= {"planned": exact[-1], "largest difference": apart}
+            if len(own) > 1 and all(found + exact):
+                powers = (round(law([r["ranks"] for r in own], sizes)[1], 4) + 0.0 for sizes in (found, exact))
+                line |= zip(("measured N^-a", "planned N^-a"), powers, strict=True)
+            out.append(line)
+    return out
+
+
+def collectives(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kind of collective, the kB that the rank with the most of them sends and receives in strong scaling."""
+    out = []
+    for row in rows:
+        if row["scaling"] == "strong":
+            each: dict[str, float] = {}
+            for way in ("sent", "received"):
+                for name in sorted({name for rank in row["every rank"] for name in rank[way]}):
+                    each[f"{name} {way}"] = max(rank[way].get(name, 0.0) for rank in row["every rank"]) / 1e3
+            out.append({"stage": row["stage"], "ranks": row["ranks"], **{k: v for k, v in sorted(each.items()) if v}})
+    return out
+
+
+def large(name: str = "Llama-3-405B", rank: int = 64) -> list[dict[str, Any]]:
+    """The two shares of :func:`row_of` as planned for a large model."""
+    out = []
+    for stage in (2, 3):
+        for world in (8, 64, 512, 4096):
+            line: dict[str, float] = {"stage": stage, "ranks": world}
+            found, alone = (planned(Setup(s, 1, rank, model=BUILTIN[name]), n) for s, n in ((stage, world), (0, 1)))
+            for title, kinds in (("state", STATE), ("with bases and kept rows", (*STATE, "bases", "kept rows"))):
+                of = [sum(sizes[f"{kind} kB"] for kind in kinds) for sizes in (found, alone)]
+                line[f"{title}, MB"], line[f"{title} x N / total"] = of[0] / 1e3, of[0] * world / of[1]
+            out.append(line)
     return out
 
 
@@ -365,7 +424,7 @@ def efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Second moments, arithmetic and traffic over the ranks, beside 1/N."""
+    """Second moments, arithmetic and traffic over the ranks: dots as measured, lines as planned."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -373,38 +432,86 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, column in zip(figure.subplots(1, 3), panels, strict=True):
         for stage in sorted({row["stage"] for row in rows}):
             own = [r for r in rows if r["scaling"] == "strong" and r["stage"] == stage]
-            axes.plot([r["ranks"] for r in own], [r[column] for r in own], "o-", label=f"stage {stage}")
-        worlds = sorted({row["ranks"] for row in rows})
+            # Of arithmetic, the plan's law and not its size: it counts more than the matrix products.
+            unit = own[0][column] / own[0]["law"][column] if "MFLOP" in column else 1
+            (line,) = axes.plot([r["ranks"] for r in own], [unit * r["law"][column] for r in own], "-")
+            axes.plot(
+                [r["ranks"] for r in own], [r[column] for r in own], "o", color=line.get_color(), label=f"stage {stage}"
+            )
         if column != "all_to_all kB":
-            first = next(r[column] for r in rows if r["ranks"] == worlds[0])
-            axes.plot(worlds, [first * worlds[0] / n for n in worlds], "k:", label="1/N")
-            axes.set(xscale="log", yscale="log")
+            axes.loglog()
+        worlds = sorted({row["ranks"] for row in rows})
+        axes.set_xticks(worlds, worlds)
+        axes.set_xticks([], minor=True)
         axes.set(xlabel="ranks", title=f"{column} of a rank")
         axes.legend()
+    figure.suptitle("Dots measured, lines planned")
     figure.savefig(path, dpi=110)
+
+
+def earlier(facts: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run of the same model and settings on the same kind of device."""
+    path = folder / "scaling.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+
+    def kind(of: dict[str, Any]) -> tuple[Any, str]:
+        return of.get("settings"), of.get("device", "").rpartition(" x ")[2]  # a launcher shows as many as it uses
+
+    return found["rows"] if kind(found) == kind(facts) else []
 
 
 def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> None:
     """``scaling.json``, ``scaling.md`` and ``scaling.png``."""
     folder.mkdir(exist_ok=True)
     fitted = laws(rows)
-    (folder / "scaling.json").write_text(json.dumps({**facts, "rows": rows, "laws": fitted}, indent=1) + "\n")
+    head = json.dumps({**facts, "laws": fitted}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (folder / "scaling.json").write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     draw(rows, folder / "scaling.png")
+
+    def table(lines: list[dict[str, Any]], digits: int = 4) -> str:
+        frame = pandas.DataFrame(lines).drop(columns=NESTED, errors="ignore").astype(object)
+        return str(frame.where(frame.notna(), None).to_markdown(index=False, floatfmt=f".{digits}g"))
+
     text = [
         "# A training step on more and more ranks",
         "",
         "The fullest rank's bytes, as allocated between a backward pass and the optimizer's step, the largest traffic",
         "and arithmetic of a rank in one step (mean of one of B and one of A), and the slowest rank's seconds.",
-        "Strong: as many sequences a step whatever the ranks; weak: as many a rank. All ranks share the cores named",
-        "below, with other work on them: **seconds say what the phases cost beside each other, not how they scale.**",
+        "Strong: as many sequences a step whatever the ranks; weak: as many a rank. All ranks share the device named",
+        "below, and CPUs other work with them: **there the seconds of one run say what its phases cost beside each",
+        "other, not how they scale.** What every single rank measured is in [scaling.json](scaling.json).",
         "",
-        pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".4g"),
+        table(rows),
         "",
-        "What should fall as 1/N (exact 1) or stay (exact 0) in strong scaling, and the power that fits:",
+        "`state x N / total` is the fullest rank's momentum, second moments and pending or previous over 1/N of those",
+        "that one rank alone has: within 1% of one at stages 1 to 3. `with bases and kept rows` has the (r, r)",
+        "matrices of LoFT's arithmetic on both sides, and on one the rows that owners keep so that the next step's",
+        "gradients come without them. It is above one because the ranks that share a layer of the model all have its",
+        "matrices, two of r^2 float64 numbers a factor: beyond one rank a layer they do not fall; and because one",
+        "rank alone keeps no rows. Both are large beside the r (r + 5) / 2 numbers of a row where layers are as",
+        "narrow as here. As planned for Llama-3-405B at r = 64:",
         "",
-        pandas.DataFrame(fitted).to_markdown(index=False, floatfmt=".4f"),
+        table(large(), 5),
+        "",
+        "## Measured and planned",
+        "",
+        "The exact law is `loft_ds.plan`'s, which divides the rows as the ranks do: of the fullest rank (kB, MFLOP)",
+        "on the most ranks, the largest difference at any number of ranks, and the power of N that fits each where",
+        "there is no zero, in strong scaling. At stages 1 and 2 gradients do not fall as 1/N: where a parameter is",
+        "cut between two ranks, what each keeps of its gradient is a view of the whole, so both keep all of it. (r,",
+        "r) matrices fall until each rank has one layer of the model. Of arithmetic the plan has the law and not the",
+        "size: it counts more than matrix products.",
+        "",
+        table(fitted),
         "",
         "![Second moments, arithmetic and traffic](scaling.png)",
+        "",
+        "## By collective",
+        "",
+        "kB of the rank with the most; `alltoall_base_` is LoFT's, the others are DeepSpeed's but for one number.",
+        "",
+        table(collectives(rows)),
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
     ]
@@ -417,6 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--batch", type=int, default=24, help="sequences of a step in strong scaling, all ranks'")
+    parser.add_argument("--per-rank", type=int, default=3, help="sequences of a rank's step in weak scaling")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--model", choices=["tiny", *BUILTIN], default="tiny")
     parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
@@ -436,14 +544,19 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     def cases(world: int) -> list[tuple[str, Setup]]:
         strong = [("strong", setup(stage, options.batch // world)) for stage in options.stages]
-        weak = [("weak", setup(stage, options.batch // max(options.worlds))) for stage in options.stages]
+        weak = [("weak", setup(stage, options.per_rank)) for stage in options.stages]
         return strong + (weak if not options.quick else [])
 
     rows: list[dict[str, Any]] = []
-    if "WORLD_SIZE" in os.environ:  # a launcher's ranks
+    launched = "WORLD_SIZE" in os.environ
+    worlds = [int(os.environ["WORLD_SIZE"])] if launched else options.worlds
+    if any(options.batch % world for world in worlds):
+        parser.error(f"--batch {options.batch} is no multiple of each of {worlds} ranks")
+    if launched:
+        # Before anything is placed: a launcher that shows every GPU to every rank would else put all on the first.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         deepspeed.init_distributed()
-        world = dist.get_world_size()
-        options.worlds = [world]
+        (world,) = worlds
         for kind, case in cases(world):
             ranks: list[Any] = [None] * world
             dist.all_gather_object(ranks, measure(dist.get_rank(), world, case))
@@ -451,15 +564,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if dist.get_rank() != 0:
             return rows
     else:
-        for world in options.worlds:
+        for world in worlds:
             chosen = cases(world)
             for (kind, case), ranks in zip(chosen, spawned(world, [case for _, case in chosen]), strict=True):
                 rows.append(row_of(kind, world, case, ranks))
+    decide = ("model", "rank", "length", "precision", "batch", "per_rank")
+    facts = {**provenance(), "settings": {name: getattr(options, name) for name in decide}}
+    if launched:  # one world size a run
+        new = {(row["scaling"], row["stage"], row["ranks"]) for row in rows}
+        rows += [r for r in earlier(facts, options.output) if (r["scaling"], r["stage"], r["ranks"]) not in new]
     rows.sort(key=lambda row: (row["scaling"], row["stage"], row["ranks"]))
     rows = [line for kind in ("strong", "weak") for line in efficiency([r for r in rows if r["scaling"] == kind])]
-    print(pandas.DataFrame(rows).to_string(index=False))
+    print(pandas.DataFrame(rows).drop(columns=NESTED).to_string(index=False))
     if not options.quick:
-        write(rows, {**provenance(), "model": options.model}, options.output)
+        write(rows, facts, options.output)
     return rows
 
 

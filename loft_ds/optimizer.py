@@ -49,8 +49,9 @@ class LoFTAdamW(Optimizer):
         turns: block 1 of the paper. "alternate": ``B`` moves on odd steps, ``A`` on even ones, as published. "joint":
             the factor whose turn it is moves by its whole update, the other one by the part of its own that lies
             outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "auto": pairs
-            of rank ``JOINT_RANK`` or less jointly, where it learns better and costs little, others alternately. "both":
-            both move by all of theirs, and what lies in both is counted twice.
+            of rank ``JOINT_RANK`` or less jointly, others alternately. Test loss of MiniLM on R8, three seeds: 0.405 to
+            0.446 at rank 1, 0.260 to 0.262 at rank 16, where it costs twice the work. "both": both move by all of
+            theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.
@@ -58,7 +59,7 @@ class LoFTAdamW(Optimizer):
         projected_clipping: block 6. Off: ``max_grad_norm`` bounds the norm of the plain factor gradients.
         bias_calibration: not in the paper. The second moment's bias correction follows its calibration, which forgets
             what lies outside a new subspace: see :func:`loft_ds.algebra.turned_weights`. Off, as published, it is
-            ``1 - beta2 ** t`` however much has been forgotten.
+            ``1 - beta2 ** t`` however much has been forgotten: 0.506 for 0.398 at rank 1 jointly, no difference at 16.
         second_moment: "matrix", one (r, r) a row, or "elementwise", the paper's simpler variant with AdamW's own.
         second_moment_dtype: torch.bfloat16 halves LoFT's largest state; it leaves the loss as it is and moves the
             trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .hardware import GPUS, INTERCONNECTS, USABLE, Gpu
 from .model import OFFLOADED, Job, Plan, peak, plan
@@ -37,11 +40,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.nodes, options.gpus_per_node, options.rank, options.tokens) < 1:
         parser.error("--nodes, --gpus-per-node, --rank and --tokens must be positive")
-    if "param" in options.offload and options.stage != 3:
-        parser.error("--offload param: DeepSpeed offloads parameters at stage 3 only")
-    if "optimizer" in options.offload and options.stage == 0:
-        parser.error("--offload optimizer: DeepSpeed offloads the optimizer at stages 1 to 3")
+    possible = stages(options.offload)
+    if options.stage not in possible:
+        parser.error(f"--offload {' '.join(options.offload)}: DeepSpeed does it from stage {possible.start} on")
     return options
+
+
+def stages(offload: Collection[str]) -> range:
+    """The stages of ZeRO at which DeepSpeed offloads these."""
+    return range(3 if "param" in offload else 1 if "optimizer" in offload else 0, 4)
 
 
 def job_of(options: argparse.Namespace) -> Job:
@@ -60,20 +67,19 @@ def job_of(options: argparse.Namespace) -> Job:
 
 def smallest_stage(shapes: Shapes, job: Job, gpu: Gpu) -> int | None:
     """The first stage at which the job fits; None if it fits at none."""
-    possible = range(3 if "param" in job.offload else 1 if "optimizer" in job.offload else 0, 4)
-    return next((s for s in possible if peak(shapes, replace(job, stage=s)) <= USABLE * gpu.memory), None)
+    return next((s for s in stages(job.offload) if peak(shapes, replace(job, stage=s)) <= USABLE * gpu.memory), None)
 
 
 def largest_rank(shapes: Shapes, job: Job, gpu: Gpu) -> int:
     """The largest rank of the adapters that fits; 0 if none does."""
-    low, high = 0, shapes.largest_rank
-    while low < high:
-        middle = (low + high + 1) // 2
-        if peak(shapes, replace(job, rank=middle)) <= USABLE * gpu.memory:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+
+    def too_large(rank: int) -> bool:
+        return peak(shapes, replace(job, rank=rank)) > USABLE * gpu.memory
+
+    ranks = range(1, shapes.largest_rank + 1)
+    if not too_large(ranks[-1]):  # so it is on many GPUs, and then it is found at once
+        return ranks[-1]
+    return bisect.bisect(ranks, False, key=too_large)
 
 
 def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> str:
@@ -84,14 +90,16 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
     def table(title: str, kinds: dict[str, float], unit: float, name: str) -> list[str]:
         return [title, *(f"  {kind:<22}{value / unit:12.3f} {name}" for kind, value in kinds.items())]
 
+    matrices, left = (sum(layer.experts for layer in layers) for layers in (shapes.layers, shapes.small(job.rank)))
     traffic = found.traffic
     received = {kind: getattr(traffic, kind) for kind in ("gradients", "updates", "partners", "products")}
     fits = found.peak <= USABLE * gpu.memory
     return "\n".join(
         [
-            f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {len(shapes.layers)} adapted "
+            f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {matrices} adapted "
             f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, "
             f"ZeRO {job.stage}",
+            *([f"{left} matrices have fewer inputs or outputs than that: LoFT leaves them to AdamW"] if left else []),
             "",
             *table("Memory of a GPU, the fullest:", found.memory, GB, "GB"),
             *table("and for a time within a step (an estimate; with checkpointing):", found.work, GB, "GB"),
@@ -121,12 +129,10 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
 
 
 def sweep(shapes: Shapes, job: Job, gpu_name: str, wire: float) -> list[dict[str, Any]]:
-    """Memory and time of a step at every stage over 1, 2, 4, ... 4096 ranks."""
+    """Memory and time of a step at every possible stage over 1, 2, 4, ... 4096 ranks."""
     rows = []
-    for stage in range(4):
+    for stage in stages(job.offload):
         for power in range(13):
-            if set(job.offload) & {"optimizer", "param"} and stage < 3:
-                continue
             found = plan(shapes, replace(job, stage=stage, world=2**power), GPUS[gpu_name], wire)
             rows.append(
                 {"stage": stage, "ranks": 2**power, "GB": found.peak / GB, "seconds": sum(found.seconds.values())}
@@ -188,4 +194,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # many small operations, in which threads would only wait for each other
     main()

@@ -7,6 +7,8 @@ counted from the plans that the ranks carry out, and DeepSpeed's buffers are tho
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ..factors import Factor
 from ..kernels.tiled import WORKSPACE_BYTES
-from ..sharding.exchange import Partition, divide_rows, even_cut, members_of, plan_gather, plan_rows
+from ..sharding.exchange import Cut, Partition, divide_rows, even_cut, members_of, plan_gather, plan_rows
 from ..sharding.sharded import BUCKET_BYTES, rounds_of
 from . import hardware
 from .shapes import Shapes
@@ -63,27 +65,25 @@ class Division:
         factors: of all pairs.
         stage: of ZeRO.
         world: ranks.
+        others: elements of each trained parameter that AdamW moves.
     """
 
-    def __init__(self, factors: Sequence[Factor], stage: int, world: int) -> None:
+    def __init__(self, factors: Sequence[Factor], stage: int, world: int, others: Sequence[int] = ()) -> None:
         self.factors = factors
+        self.sizes = [*(f.numel for f in factors), *others]
         self.world = world if stage else 1  # at stage 0 every rank is as one alone
-        self.size = self._held_by_all(factors)
+        # Elements of a rank's part of one flat buffer, whose length is a multiple of two a rank
+        # (``nccl_start_alignment_factor``, zero/stage_1_and_2.py).
+        self.size = -(-sum(self.sizes) // (2 * self.world)) * 2
         if stage == 3:
-            held = [even_cut(-(-f.numel // self.world), 0, f.numel) for f in factors]
+            held = [even_cut(-(-numel // self.world), 0, numel) for numel in self.sizes]
         else:
-            held, start = [], 0
-            for f in factors:
-                held.append(even_cut(self.size, start, f.numel))
-                start += f.numel
+            starts = itertools.accumulate(self.sizes, initial=0)
+            held = [even_cut(self.size, start, numel) for start, numel in zip(starts, self.sizes, strict=False)]
+        self.others = held[len(factors) :]
+        held = held[: len(factors)]
         owned = divide_rows(factors, held, self.world)
         self.partitions = {f: Partition(f, *cuts) for f, *cuts in zip(factors, held, owned, strict=True)}
-
-    def _held_by_all(self, factors: Sequence[Factor]) -> int:
-        """Elements of a rank's part of one flat buffer, whose length is a multiple of two a rank
-        (``nccl_start_alignment_factor``, zero/stage_1_and_2.py).
-        """
-        return -(-sum(f.numel for f in factors) // (2 * self.world)) * 2
 
     def in_one_place(self, factor: Factor) -> bool:
         here, there = self.partitions[factor].owned.whole, self.partitions[factor.partner].owned.whole
@@ -92,45 +92,78 @@ class Division:
     def members(self, factor: Factor) -> range:
         return members_of(self.partitions[factor], self.partitions[factor.partner])
 
+    def summed(self, shares: Iterable[tuple[Cut, int, int]]) -> Tensor:
+        """(N,), what each rank has of the cuts: so much for each unit of its interval, and so much where it has one."""
+        each: dict[Cut, int] = defaultdict(int)
+        once: dict[Cut, int] = defaultdict(int)
+        for cut, by_unit, fixed in shares:  # many factors are cut alike
+            each[cut] += by_unit
+            once[cut] += fixed
+        if not each:
+            return torch.zeros(self.world, dtype=torch.int64)
+        # All cuts at once, end to end: thousands of small operations would take seconds.
+        edges, counts = torch.cat([cut.edges for cut in each]), torch.tensor([len(cut.ranks) + 1 for cut in each])
+        ends, which = counts.cumsum(0), torch.arange(len(each)).repeat_interleave(counts)
+        offset, unit, fix = torch.tensor([[cut.first for cut in each], [*each.values()], [*once.values()]])
+        ranks = torch.arange(len(edges)) + (offset - (ends - counts))[which]
+        lengths = edges.diff(append=edges[:1]).index_fill_(0, ends - 1, 0)  # none from one cut's end to the next one
+        total = torch.zeros(self.world + 1, dtype=torch.int64)
+        return total.index_add_(0, ranks, unit[which] * lengths + fix[which] * (lengths > 0))[:-1]
+
     @cached_property
     def elements(self) -> Tensor:
         """(N,), how many elements of factors each rank owns the rows of."""
-        return self._owned(self.partitions.values())
+        return self.summed((p.owned, f.width, 0) for f, p in self.partitions.items())
+
+    @cached_property
+    def moving(self) -> list[Partition]:
+        """Those of which one rank may hold what another one owns."""
+        return [p for p in self.partitions.values() if not p.stays]
 
     @cached_property
     def travelling(self) -> Tensor:
         """(N,), the part of :attr:`elements` that another rank may hold."""
-        return self._owned(p for p in self.partitions.values() if not p.stays)
+        return self.summed((p.owned, p.factor.width, 0) for p in self.moving)
 
-    def _owned(self, partitions: Iterable[Partition]) -> Tensor:
-        total = torch.zeros(self.world, dtype=torch.int64)
-        for partition in partitions:
-            ranks = partition.owned.ranks
-            total[ranks.start : ranks.stop] += partition.factor.rank * partition.owned.edges.diff()
-        return total
+    @cached_property
+    def left(self) -> Tensor:
+        """(N,), elements of AdamW's that each rank holds."""
+        return self.summed((cut, 1, 0) for cut in self.others)
 
     @cached_property
     def cut_gradients(self) -> Tensor:
         """(N,), elements of gradients that each rank keeps at stages 1 and 2 although it holds others of the parameter:
         a part of it is a view of the whole (``get_flat_partition``, zero/stage_1_and_2.py).
         """
-        total = torch.zeros(self.world, dtype=torch.int64)
-        for factor, partition in self.partitions.items():
-            parts, ranks = partition.held.edges.diff(), partition.held.ranks
-            total[ranks.start : ranks.stop] += (factor.numel - parts) * (parts > 0)
-        return total
+        edges = torch.tensor([0, *itertools.accumulate(self.sizes)])
+        bounds = (torch.arange(self.world + 1) * self.size).clamp(max=int(edges[-1]))
+        begin, end = bounds[:-1], bounds[1:]
+        first = edges[torch.searchsorted(edges, begin, right=True) - 1]
+        last = edges[torch.searchsorted(edges, end)]
+        return torch.where(begin < end, (last - first) - (end - begin), 0)
+
+    @cached_property
+    def shared(self) -> dict[range, int]:
+        """Numbers of all (r, r) matrices of the factors that lie among the same ranks."""
+        found: dict[range, int] = defaultdict(int)
+        for f in self.factors:
+            found[self.members(f)] += f.experts * f.rank**2
+        return found
 
     @cached_property
     def bases(self) -> Tensor:
         """(N,), bytes of the bases: of each pair on the ranks among which it lies; and of the second moments' weights:
         of each factor where it has rows.
         """
-        total = torch.zeros(self.world, dtype=torch.int64)
-        for factor in self.factors:
-            members, owned = self.members(factor), self.partitions[factor].owned
-            total[members.start : members.stop] += DOUBLE * factor.rank**2
-            total[owned.ranks.start : owned.ranks.stop] += DOUBLE * factor.rank**2 * (owned.edges.diff() > 0)
+        total = self.summed((p.owned, 0, DOUBLE * f.experts * f.rank**2) for f, p in self.partitions.items())
+        for members, numbers in self.shared.items():
+            total[members.start : members.stop] += DOUBLE * numbers
         return total
+
+
+def division_of(shapes: Shapes, job: Job) -> Division:
+    """The division that a job's ranks arrive at."""
+    return Division(shapes.factors(job.rank), job.stage, job.world, shapes.untreated(job.rank))
 
 
 def _padded(numel: int, world: int) -> int:
@@ -144,9 +177,8 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     (``bit16_groups_flat``, ``averaged_gradients``; stage 3: ``fp16_partitioned_groups_flat``,
     ``grad_partitions_flat_buffer``), float32 masters, which in fp32 are the weights themselves at stage 0.
     """
-    division = division or Division(shapes.factors(job.rank), job.stage, job.world)
-    factors = division.factors
-    base, whole = shapes.parameters, sum(f.numel for f in factors)
+    division = division or division_of(shapes, job)
+    base, whole = shapes.parameters, sum(division.sizes)
     sixteen = job.precision == 2
     gradients: int | Tensor
     if job.stage == 0:
@@ -154,17 +186,18 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     elif job.stage < 3:
         adapters, gradients, masters = division.size * job.world, division.size + division.cut_gradients, division.size
     else:
-        part = sum(_padded(f.numel, job.world) for f in factors)
-        gathered = sum(f.numel for f in factors if f.numel <= job.persistent)
+        part = sum(_padded(numel, job.world) for numel in division.sizes)
+        kept = job.persistent if job.world > 1 else 0  # one rank's part is the whole
+        gathered = sum(numel for numel in division.sizes if numel <= kept)
         adapters, gradients, masters = part + gathered, part, part
         base = sum(
-            count * (_padded(numel, job.world) + (numel if numel <= job.persistent else 0))
+            count * (_padded(numel, job.world) + (numel if numel <= kept else 0))
             for numel, count in shapes.weights.items()
         )
     one = torch.ones(job.world, dtype=torch.int64)
     rows = {
-        "momentum": FLOAT * division.elements,
-        "second moments": job.second_moment * (job.rank + 1) * division.elements // 2,
+        "momentum": FLOAT * (division.elements + division.left),
+        "second moments": job.second_moment * (job.rank + 1) * division.elements // 2 + FLOAT * division.left,
         "pending or previous": FLOAT * division.elements,
         "bases": division.bases,
         "kept rows": FLOAT * division.travelling,
@@ -188,14 +221,13 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     Activations with checkpointing: the hidden state of every decoder layer, one layer anew (34 bytes a token and
     feature: Korthikanti et al. 2022, without the attention matrix), and the logits with their gradient in float32.
     """
-    factors = division.factors
     owned = division.elements.max().item()
     held = division.size
-    travelling = any(not p.stays for p in division.partitions.values())
-    gathered = 0 if job.stage == 0 else min(2 * BUCKET_BYTES, FLOAT * sum(f.numel for f in factors) // 2)
-    optimizer = FLOAT * (held + 3.5 * owned) + (FLOAT * 5 * held if travelling else 0) + 3 * gathered + WORKSPACE_BYTES
+    gathered = 0 if job.stage == 0 else min(2 * BUCKET_BYTES, FLOAT * sum(division.sizes) // 2)
+    carried = FLOAT * 5 * held if division.moving else 0
+    optimizer = FLOAT * (held + 3.5 * owned) + carried + 3 * gathered + WORKSPACE_BYTES
     if job.stage == 3:
-        body = sum(m * n for _, m, n in shapes.layers) / shapes.depth
+        body = shapes.adapted / shapes.depth
         weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)
     else:
         weights = job.precision * (2 * job.reduce_bucket if job.stage else 0)
@@ -207,24 +239,26 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     return {"optimizer's work": optimizer, "weights in flight": weights, "activations": activations}
 
 
-def checkpoint_bytes(factors: Sequence[Factor], job: Job) -> int:
+def checkpoint_bytes(division: Division, job: Job) -> int:
     """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or previous, bases, weights."""
-    return sum(
-        f.numel * 3 * FLOAT + job.second_moment * f.count * (f.rank * (f.rank + 1) // 2) + 2 * DOUBLE * f.rank**2
-        for f in factors
-    )
+    elements, left = int(division.elements.sum()), int(division.left.sum())
+    factors = 3 * FLOAT * elements + job.second_moment * (job.rank + 1) * elements // 2
+    return factors + 2 * DOUBLE * sum(division.shared.values()) + 3 * FLOAT * left
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a rank receives in a step, the mean of one of ``B`` and one of ``A``, once it has rows of its own: in
-    the first step the master weights come with the gradients.
+    the first step the master weights come with the gradients. Pairs take turns; where ``turns`` has both factors move
+    on a step, as it has by default up to rank 4, more is gathered and written.
 
     Attributes:
         gradients: elements of the gradients of its rows that lie elsewhere.
         updates: new values of elements that it holds and another rank owns.
         partners: the other factors' rows.
-        products: Gram matrices.
+        products: Gram matrices, there and back.
+        needed: the part of the products that the sums themselves are.
+        sent: all that the rank sends.
         collectives: how many of LoFT's own.
         peers: ranks that it exchanges with in the largest of them.
     """
@@ -233,6 +267,8 @@ class Traffic:
     updates: float
     partners: float
     products: float
+    needed: float
+    sent: float
     collectives: float
     peers: int
 
@@ -246,10 +282,52 @@ class Traffic:
         return self.gradients + self.updates + self.partners
 
 
+def products(division: Division, needed: bool = False) -> Tensor:
+    """(N,), bytes of the Gram matrices (a triangle) and cross products of the pairs about to move, float64.
+
+    A piece of each comes from every other member, and the sums of all other pieces come back; what is ``needed`` are
+    the sums, once on every rank that takes part.
+    """
+    total = torch.zeros(division.world, dtype=torch.float64)
+    for members, numbers in division.shared.items():
+        if (n := len(members)) > 1:
+            # Of all numbers in r^2, half are of the side about to move; a triangle and a square is r (3 r + 1) / 2.
+            rank = division.factors[0].rank
+            sums = DOUBLE * numbers / 2 * (3 * rank + 1) / (2 * rank)
+            total[members.start : members.stop] += sums * (1 if needed else 2 * (n - 1) / n)
+    return total
+
+
+def received(division: Division) -> dict[str, Tensor]:
+    """Bytes that every rank receives by kind, (N,) each: :func:`traffic` of all ranks at once, without their plans."""
+    stay = torch.zeros(division.world, dtype=torch.int64)
+    for (held, owned, line), alike in Counter((p.held, p.owned, p.line) for p in division.moving).items():
+        length, unit = line
+        lines = torch.arange(int(held.edges[-1]) // length)[:, None] * length
+        bounds = held.bounds(division.world)[owned.ranks.start : owned.ranks.stop + 1]
+        begin, end = lines + unit * owned.edges[:-1], lines + unit * owned.edges[1:]
+        both = (end.minimum(bounds[1:]) - begin.maximum(bounds[:-1])).clamp(min=0).sum(0)
+        stay[owned.ranks.start : owned.ranks.stop] += alike * both
+    holding = division.summed((p.held, 1, 0) for p in division.moving)
+    partners = torch.zeros(division.world, dtype=torch.int64)
+    pairs: dict[tuple[Cut, Cut], int] = defaultdict(int)
+    for f, p in division.partitions.items():
+        pairs[p.owned, division.partitions[f.partner].owned] += f.width
+    for (owned, partner), width in pairs.items():
+        away = partner.edges[-1] - partner.lengths(owned.ranks)
+        partners[owned.ranks.start : owned.ranks.stop] += width * away * (owned.edges.diff() > 0)
+    return {
+        "gradients": FLOAT * (division.travelling - stay).double(),
+        "updates": FLOAT * (holding - stay) / 2,  # of a side on its turn
+        "partners": FLOAT * partners / 2,
+        "products": products(division),
+    }
+
+
 def traffic(division: Division, rank: int) -> Traffic:
     """What one rank receives, from the very plans that it would carry out."""
     world, parts = division.world, division.partitions
-    came = updates = gathered = collectives = 0
+    came = updates = gathered = given = collectives = 0
     peers = 0
 
     def others(counts: list[int]) -> int:
@@ -260,44 +338,46 @@ def traffic(division: Division, rank: int) -> Traffic:
     rounds = rounds_of(division.factors)
     spread = [f for f in division.factors if not division.in_one_place(f)]
     for side in "AB":
-        travelling = [p for f, p in parts.items() if f.side == side and not p.stays]
+        travelling = [p for p in division.moving if p.factor.side == side]
         if travelling:
             plan = plan_rows(travelling, rank, world)
             came += others(plan.receive_counts)
             updates += others(plan.send_counts)
             collectives += 3  # in on every step, out on every second one
         moving = [f for f in spread if f.side == side]
-        buckets = {(f.rank, rounds[f]) for f in moving}
-        collectives += len(buckets)
+        collectives += len({(f.width, rounds[f]) for f in moving})
         near = [f for f in moving if any(parts[g].owned.length(rank) for g in (f, f.partner))]
-        for width in {f.rank for f in near}:
-            bucket = [f for f in near if f.rank == width]
+        for width in {f.width for f in near}:
+            bucket = [f for f in near if f.width == width]
             plan = plan_gather([parts[f] for f in bucket], [parts[f.partner] for f in bucket], rank, world)
             gathered += width * others(plan.receive_counts)
-    # Gram (a triangle) and cross Gram of the pairs about to move, float64: a piece of each from every member, and the
-    # sums of all other pieces back.
-    products = 0.0
-    for f in division.factors:
-        members = division.members(f)
-        if rank in members:
-            one = DOUBLE * (f.rank * (f.rank + 1) // 2 + f.rank**2) / 2
-            products += 2 * one * (len(members) - 1) / len(members)
-    collectives += (4 if spread else 0) + (4 if any(not p.stays for p in parts.values()) else 2)  # 2 of one number
-    return Traffic(FLOAT * came, FLOAT * updates / 2, FLOAT * gathered / 2, products, collectives / 2, peers)
+            given += width * others(plan.send_counts)
+    sums = float(products(division)[rank])
+    collectives += (4 if spread else 0) + (4 if division.moving else 2)  # 2 of one number
+    return Traffic(
+        gradients=FLOAT * came,
+        updates=FLOAT * updates / 2,
+        partners=FLOAT * gathered / 2,
+        products=sums,
+        needed=float(products(division, needed=True)[rank]),
+        sent=FLOAT * (updates + came / 2 + given / 2) + sums,
+        collectives=collectives / 2,
+        peers=peers,
+    )
 
 
 def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
     """Bytes that DeepSpeed's own collectives bring to a rank in a step, as rings carry them out."""
     others = (job.world - 1) / job.world
-    trained = job.precision * sum(f.numel for f in shapes.factors(job.rank))
+    sizes = [f.numel for f in shapes.factors(job.rank)] + shapes.untreated(job.rank)
+    trained = job.precision * sum(sizes)
     if job.stage == 0:
         return {"gradients": 2 * others * trained}
     if job.stage < 3:  # reduced whole: reduce_scatter of the JSON is off for adapters' small buckets in 0.19
         return {"gradients": 2 * others * trained, "parameters": others * trained}
     small = sum(numel * count for numel, count in shapes.weights.items() if numel <= job.persistent)
-    factors = shapes.factors(job.rank)
-    small_trained = sum(f.numel for f in factors if f.numel <= job.persistent)
-    large = shapes.parameters - small + sum(f.numel for f in factors) - small_trained
+    small_trained = sum(numel for numel in sizes if numel <= job.persistent)
+    large = shapes.parameters - small + sum(sizes) - small_trained
     return {
         "gradients": others * trained,
         # For the forward pass, and again for the backward pass but for what stage3_max_live_parameters keeps.
@@ -305,25 +385,24 @@ def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
     }
 
 
-def arithmetic(division: Division, rank: int) -> tuple[float, float]:
-    """Operations and bytes of memory traffic of LoFT's step on one rank, the mean of one of ``B`` and one of ``A``.
+def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
+    """Operations and bytes of memory traffic of LoFT's step on every rank, (N,), the mean of one of ``B`` and of ``A``.
 
     See ``floor`` of benchmarks/step_time.py; here for a part of the rows, with the whole of the partner.
     """
-    operations = numbers = 0.0
+    operations, numbers = [], []
     for f, partition in division.partitions.items():
-        k, l, r = partition.owned.length(rank), f.partner.count, f.rank  # noqa: E741
-        if k == 0:
-            continue
+        e, l, r = f.experts, f.partner.count, f.rank  # noqa: E741
         packed = r * (r + 1) // 2
-        operations += 2 * k * l * (packed + 2 * r) + 3 * k * r**3 + 2 * r**2 * (4 * k + l) + 4 * k * r**2
-        numbers += k * (2 * packed + 10 * r) + 3 * l * r
-    return operations / 2, FLOAT * numbers / 2
+        a_row = 2 * l * (packed + 2 * r) + 3 * r**3 + 12 * r**2
+        operations.append((partition.owned, e * a_row, e * 2 * r**2 * l))
+        numbers.append((partition.owned, e * (2 * packed + 10 * r), e * 3 * l * r))
+    return division.summed(operations) / 2, FLOAT * division.summed(numbers) / 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the rank with the most memory, the most traffic of those looked at and the mean arithmetic.
+    """Of the ranks with the most memory, the most traffic and the most arithmetic.
 
     Attributes:
         job: what is planned.
@@ -331,7 +410,7 @@ class Plan:
         on_cpu: the same, in CPU memory.
         work: bytes that come and go within a step, by kind; an estimate.
         checkpoint: bytes of a checkpoint, of all ranks together.
-        traffic: LoFT's, of the worst rank looked at.
+        traffic: LoFT's, of the worst rank.
         deepspeed: bytes received in DeepSpeed's own collectives.
         seconds: of a step by what takes them: "training", "DeepSpeed's traffic", "LoFT's arithmetic", "LoFT's traffic".
         imbalance: largest state over the mean one.
@@ -378,34 +457,29 @@ def _placed(kinds: dict[str, Tensor], offload: Set[str]) -> tuple[dict[str, floa
 def plan(shapes: Shapes, job: Job, gpu: hardware.Gpu, wire: float) -> Plan:
     """All there is to say of a job. ``wire``: bytes per second each way between nodes, of one GPU.
 
-    Traffic is counted for the first, the middle and the last rank, which see every kind of boundary.
-
     Raises:
-        ValueError: a rank of the adapters that a layer is too small for.
+        ValueError: a rank of the adapters that all layers are too small for.
     """
-    factors = shapes.factors(job.rank)
-    division = Division(factors, job.stage, job.world)
+    division = division_of(shapes, job)
     kinds = memory(shapes, job, division)
     here, on_cpu = _placed(kinds, job.offload)
     state = torch.stack([kinds[kind] for kind in STATE]).sum(0).double()
-    ranks = sorted({0, division.world // 2, division.world - 1})
-    received = max((traffic(division, rank) for rank in ranks), key=lambda t: t.total)
+    worst = traffic(division, int(torch.stack(list(received(division).values())).sum(0).argmax()))
     deepspeed = deepspeed_traffic(shapes, job)
-    operations, numbers = (max(values) for values in zip(*(arithmetic(division, q) for q in ranks), strict=True))
+    operations, numbers = (float(count.max()) for count in arithmetic(division))
 
     speed = hardware.WIRE_EFFICIENCY * (gpu.node if job.world <= job.per_node else wire)
-    adapters = sum(f.numel for f in factors)
     # Forward 2 operations a weight and token, again for checkpointing, and the gradient of the inputs; adapters have
     # the gradient of their weights too, and the head is no adapted layer.
     weights = shapes.active + shapes.vocabulary * shapes.hidden
-    training = job.tokens * (6 * weights + 8 * adapters * shapes.active / sum(m * n for _, m, n in shapes.layers))
+    training = job.tokens * (6 * weights + 8 * sum(division.sizes) * shapes.active / shapes.adapted)
     kernel = hardware.KERNEL_EFFICIENCY * gpu.tf32 / hardware.TF32_PRODUCTS
     seconds = {
         "training": training / (hardware.TRAINING_EFFICIENCY * gpu.bf16),
         "DeepSpeed's traffic": sum(deepspeed.values()) / speed,
         "LoFT's arithmetic": max(operations / kernel, numbers / (hardware.MEMORY_EFFICIENCY * gpu.bandwidth)),
-        "LoFT's traffic": received.total / speed
-        + (received.collectives * hardware.LATENCY + received.peers * hardware.LATENCY_PER_PEER),
+        "LoFT's traffic": worst.total / speed
+        + (worst.collectives * hardware.LATENCY + worst.peers * hardware.LATENCY_PER_PEER),
     }
     if division.world == 1:
         seconds["LoFT's traffic"] = 0.0
@@ -414,8 +488,8 @@ def plan(shapes: Shapes, job: Job, gpu: hardware.Gpu, wire: float) -> Plan:
         here,
         on_cpu,
         work(shapes, job, division),
-        checkpoint_bytes(factors, job),
-        received,
+        checkpoint_bytes(division, job),
+        worst,
         deepspeed,
         seconds,
         float(state.max() / state.mean()),
@@ -424,6 +498,6 @@ def plan(shapes: Shapes, job: Job, gpu: hardware.Gpu, wire: float) -> Plan:
 
 def peak(shapes: Shapes, job: Job) -> float:
     """Bytes of GPU memory that a job needs."""
-    division = Division(shapes.factors(job.rank), job.stage, job.world)
+    division = division_of(shapes, job)
     here, _ = _placed(memory(shapes, job, division), job.offload)
     return sum(here.values()) + sum(work(shapes, job, division).values())

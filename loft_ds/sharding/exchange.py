@@ -36,7 +36,7 @@ class Cut:
     first: int
     edges: Tensor
 
-    @property
+    @cached_property
     def ranks(self) -> range:
         """The ranks that are listed."""
         return range(self.first, self.first + len(self.edges) - 1)
@@ -50,6 +50,11 @@ class Cut:
     def length(self, rank: int) -> int:
         begin, end = self.interval(rank)
         return end - begin
+
+    def lengths(self, ranks: range) -> Tensor:
+        """The lengths of consecutive ranks' intervals."""
+        places = torch.arange(ranks.start, ranks.stop + 1) - self.first
+        return self.edges[places.clamp(0, len(self.edges) - 1)].diff()
 
     def owner(self, position: Tensor) -> Tensor:
         """The rank in whose interval each position lies."""
@@ -139,11 +144,11 @@ def divide_rows(factors: Sequence[Factor], held: Sequence[Cut], world: int) -> l
     for block, weight in zip(blocks, weights, strict=True):
         first, last = place * world // total, ((place + weight) * world - 1) // total
         shares = [min(max(q * total - place * world, 0), weight * world) for q in range(first, last + 2)]
-        edges = {
-            count: torch.tensor([-(-count * share // (weight * world)) for share in shares])
+        cut = {  # factors of as many rows are cut alike
+            count: Cut(first, torch.tensor([-(-count * share // (weight * world)) for share in shares]))
             for count in {f.count for f in block}
         }
-        cuts += [Cut(first, edges[f.count]) for f in block]
+        cuts += [cut[f.count] for f in block]
         place += weight
     return cuts
 

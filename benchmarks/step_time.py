@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -167,15 +168,35 @@ def needed_bytes(method: str, shape: tuple[int, int], rank: int) -> float:
 
 
 def measure_cell(
-    shape: tuple[int, int], rank: int, methods: list[str], device: torch.device, repeats: int, limit: float
+    shape: tuple[int, int],
+    rank: int,
+    methods: list[str],
+    device: torch.device,
+    repeats: int,
+    limit: float,
+    most_tflop: float,
 ) -> dict[str, Any]:
-    """Medians of all methods and the floor for one layer and rank. ``limit``: seconds of samples a method may take."""
+    """Medians of all methods and the floor for one layer and rank.
+
+    Args:
+        shape: (out, in) of the layer.
+        rank: of the adapter.
+        methods: what is measured.
+        device: where.
+        repeats: samples of each method.
+        limit: seconds of samples a method may take.
+        most_tflop: LoFT in either form is left out where a step needs more, in 10^12 operations.
+    """
+    tflop = floor(shape, rank)[0] / 1e12
     steps: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
     for method in sorted(methods, key=lambda m: needed_bytes(m, shape, rank)):
         needed = needed_bytes(method, shape, rank)
         if needed > 0.9 * available_bytes(device):
             results[method] = {"note": f"needs about {needed / GIB:.0f} GiB"}
+            continue
+        if tflop > most_tflop and method in (LOFT, OFFICIAL):
+            results[method] = {"note": f"needs {tflop:.1f} TFLOP"}
             continue
         steps[method] = build(method, shape, rank, device)
         steps[method]()
@@ -366,6 +387,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--square", action="store_true", help="only the square layer of each model")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=40.0, help="seconds of samples that a method may take in a cell")
+    parser.add_argument("--most-tflop", type=float, default=math.inf, help="leave LoFT out where a step needs more")
     parser.add_argument("--training-ranks", nargs="*", type=int, default=[16, 64])
     parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -397,7 +419,7 @@ def main() -> None:
     for model in models:
         shapes = MODELS[model][:1] if arguments.quick or arguments.square else MODELS[model]
         for shape, rank in itertools.product(shapes, ranks):
-            cell = measure_cell(shape, rank, methods, device, repeats, arguments.limit)
+            cell = measure_cell(shape, rank, methods, device, repeats, arguments.limit, arguments.most_tflop)
             data["cells"].append({"model": model, **cell})
             times = {m: show_time(r["seconds"]) if "seconds" in r else r["note"] for m, r in cell["methods"].items()}
             print(model, shape, f"r={rank}", times, "floor", show_time(cell["floor_seconds"]), flush=True)

@@ -327,6 +327,7 @@ def received(division: Division) -> dict[str, Tensor]:
 def traffic(division: Division, rank: int) -> Traffic:
     """What one rank receives, from the very plans that it would carry out."""
     world, parts = division.world, division.partitions
+    rank = rank if world > 1 else 0  # at stage 0 each is as one alone
     came = updates = gathered = given = collectives = 0
     peers = 0
 

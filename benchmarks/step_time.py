@@ -376,6 +376,17 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.suptitle(data["environment"]["device"], fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(data: dict[str, Any], folder: Path | None) -> None:
+    """What has been measured so far: a long run that is stopped has its cells."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step_time.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "step_time.md").write_text("\n\n".join(report(data)) + "\n")
+    plot(data, folder / "step_time.png")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -423,17 +434,13 @@ def main() -> None:
             data["cells"].append({"model": model, **cell})
             times = {m: show_time(r["seconds"]) if "seconds" in r else r["note"] for m, r in cell["methods"].items()}
             print(model, shape, f"r={rank}", times, "floor", show_time(cell["floor_seconds"]), flush=True)
+            write(data, arguments.output)
             gc.collect()
     for rank in arguments.training_ranks:
         data["training"].append(measure_training(rank, methods, device, min(3, repeats)))
         print(data["training"][-1], flush=True)
-    text = "\n\n".join(report(data)) + "\n"
-    print(text)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "step_time.json").write_text(json.dumps(data, indent=1) + "\n")
-        (arguments.output / "step_time.md").write_text(text)
-        plot(data, arguments.output / "step_time.png")
+        write(data, arguments.output)
+    print("\n\n".join(report(data)))
 
 
 if __name__ == "__main__":

@@ -540,6 +540,7 @@ class LoFTAdamW(Optimizer):
         """
         (beta1, beta2), eps, t = batch.group["betas"], batch.group["eps"], batch.step
         basis, momentum = batch.stacked("basis"), batch.stacked("momentum")
+        weights = batch.stacked("weights") if self.bias_calibration else None
         correction1 = 1 - beta1**t
         if self.second_moment == "elementwise":
             momentum = momentum @ basis.mT.to(batch.dtype)
@@ -559,8 +560,8 @@ class LoFTAdamW(Optimizer):
             if whole:
                 # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
                 directions = torch.stack(whole[piece]).double() @ (batch.scaling * directions)
-            if self.bias_calibration:
-                corrections = algebra.bias_corrections(directions, batch.stacked("weights")[piece])
+            if weights is not None:
+                corrections = algebra.bias_corrections(directions, weights[piece])
             else:
                 corrections = directions.new_full(directions.shape[:2], 1 - beta2**t)
             directions, corrections = directions.to(batch.dtype), corrections.to(batch.dtype)

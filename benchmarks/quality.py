@@ -1,6 +1,6 @@
 """Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
 
-    python benchmarks/quality.py classification --workers 2     # or factorisation, reviews, language
+    python benchmarks/quality.py classification --workers 2     # or factorisation, longer, reviews, language
     python benchmarks/quality.py page                           # tables and plots of all that has been measured
 
 A study's trainings are appended to ``results/quality/STUDY.jsonl``, each with its seed, versions, wall time and commit;
@@ -41,7 +41,8 @@ LOFT, PUBLISHED = "LoFT", "LoFT as published"
 JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at some ranks: see LoFTAdamW's turns
 FULL = ("full", "full, adapted matrices alone")
 GRADIENT = "LoFT, first directions from gradients"
-CUT = "AdamW, change cut to rank r"
+CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
+CANDIDATES = ("LoFT, trust region", "LoFT, second moment warmed up")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 
@@ -73,14 +74,19 @@ STUDIES = {
     "classification": Study(
         Classification("r8"),
         (
-            (FULL, (None,)),
+            ((*FULL, "head alone"), (None,)),
             ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1, 2)),
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
-            ((*ABLATIONS, GRADIENT, *LORAS[1:]), (2,)),
+            ((GRADIENT, STEP_CUT, *CANDIDATES), (1,)),
+            (ABLATIONS, (2,)),
             ((LOFT, "LoRA"), (4, 64)),
+            ((GRADIENT, *LORAS[1:]), (2,)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,
+    ),
+    "longer": Study(
+        Classification("r8", steps=300), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1,)), ((LOFT, "LoRA"), (16,))), rates=3
     ),
     "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
     "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),

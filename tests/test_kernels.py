@@ -167,6 +167,18 @@ def test_first_step_follows_the_sign() -> None:
     torch.testing.assert_close(update[clear], product.sign()[clear], rtol=0, atol=2e-2)
 
 
+def test_at_rank_one_it_is_adam_on_the_factor() -> None:
+    """``V_ij = p_i q_j^2`` and ``M_ij = m_i q_j``: what is left of full fine-tuning is Adam's quotient on the factor,
+    by ``sum |q_j|``, which no scale of the factors changes.
+    """
+    (momentum, packed), basis = moments(70, 1, seed=5), rows(131, 1, seed=6)
+    corrections = torch.full((131,), 1 - BETA2**STEPS, dtype=torch.float64)
+    quotient = Quotient(1 - BETA1**STEPS, corrections, 0.0, cauchy_schwarz_bound(BETA1, BETA2))
+    adam = (momentum / quotient.correction1) / (packed / (1 - BETA2**STEPS)).sqrt()
+    update = alone(kernels.projected_update)(momentum, packed, basis, quotient)
+    assert_close(update, adam * basis.abs().sum(), UPDATE_TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("pending", [False, True])

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import LoFTAdamW
 
+from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT
 from .tasks import Task
 
 # A new head is no part of what is compared: it has one learning rate under every method.
@@ -111,41 +112,21 @@ def adamw(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> 
     return [AdamW(_groups(model, heads, lr), weight_decay=0.0)]
 
 
-def loft(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int, **switches: Any) -> list[Optimizer]:
-    """LoFT, with the paper's blocks switched."""
-    return [LoFTAdamW(model, params=_groups(model, heads, lr), max_grad_norm=CLIP, **switches)]
+def loft(
+    model: nn.Module,
+    heads: list[nn.Parameter],
+    lr: float,
+    rank: int,
+    kind: type[LoFTAdamW] = LoFTAdamW,
+    **switches: Any,
+) -> list[Optimizer]:
+    """LoFT, with the paper's blocks switched, or a candidate to take its place."""
+    return [kind(model, params=_groups(model, heads, lr), max_grad_norm=CLIP, **switches)]
 
 
-class TruncatedAdamW(AdamW):
-    """AdamW on whole matrices whose accumulated change is cut to rank r after every step.
-
-    With AdamW's exact moments and the nearest point of that rank, it is what an adapter of rank r could follow at best:
-    where it falls short of full fine-tuning, the rank is the reason, and not an optimizer's estimate of the moments.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], rank: int) -> None:
-        super().__init__(groups, weight_decay=0.0)
-        matrices = [p for p in groups[0]["params"] if p.dim() == 2]
-        self._matrices = [[p, p.detach().clone(), torch.randn(p.shape[1], rank)] for p in matrices]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """AdamW's step, then the truncation."""
-        loss = super().step(closure)
-        for entry in self._matrices:
-            p, start, right = entry
-            change = p - start
-            for _ in range(3):  # subspace iteration, from where the last step left it
-                left = torch.linalg.qr(change @ right)[0]
-                right = change.T @ left
-            p.copy_(start + left @ right.T)
-            entry[2] = right
-        return loss
-
-
-def truncated(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
-    """AdamW held to a rank."""
-    return [TruncatedAdamW(_groups(model, heads, lr), rank)]
+def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
+    """AdamW held to a rank, in all or in each of its steps."""
+    return lambda model, heads, lr, rank: [TruncatedAdamW(_groups(model, heads, lr), rank, accumulated)]
 
 
 def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
@@ -179,11 +160,15 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT without projected update": {"projected_update": False},
     "LoFT without projected clipping": {"projected_clipping": False},
     "LoFT simple": {"second_moment": "elementwise"},
+    "LoFT, trust region": {"kind": TrustRegionLoFT},
+    "LoFT, second moment warmed up": {"kind": LateLoFT},
 }
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),
-    "AdamW, change cut to rank r": Method(FULL, truncated, matrices_only=True),
+    "head alone": Method((0.0,), adamw, matrices_only=True),
+    "AdamW, change cut to rank r": Method(FULL, truncated(accumulated=True), matrices_only=True),
+    "AdamW, each step cut to rank r": Method(FULL, truncated(accumulated=False), matrices_only=True),
     "LoRA": Method(LORA, adamw, adapter={}),
     "LoRA, alpha = r": Method(LORA, adamw, adapter={}, alpha_over_rank=1.0),
     "LoRA, alpha = 4 r": Method(LORA, adamw, adapter={}, alpha_over_rank=4.0),

@@ -46,11 +46,11 @@ def write_page(folder: Path, scores: dict[str, str]) -> None:
 
 def _how() -> str:
     return (
-        "Made from `quality/*.jsonl` by `python benchmarks/quality.py page`. Every method has a sweep of four learning "
-        "rates, a factor of about three apart, the same steps, batches, warm-up (10%), linear decay and clipping at "
-        "1.0; the rate is chosen on validation data with seed 0 and trained with the other seeds. A value is the mean "
-        "over seeds, with the half width of its 95% confidence interval (Student's t) after the ±; one seed alone has "
-        "none. `*`: the best rate lies at the edge of its sweep, so a wider one may do better."
+        "Made from `quality/*.jsonl` by `python benchmarks/quality.py page`. In a study every method has a sweep of "
+        "equally many learning rates, a factor of about three apart, the same steps, batches, warm-up (10%), linear "
+        "decay and clipping at 1.0; the rate is chosen on validation data with seed 0, and trained with the others. A "
+        "value is the mean over seeds, with the half width of its 95% confidence interval (Student's t) after the ±; "
+        "one seed alone has none. `*`: the best rate lies at the edge of its sweep, so a wider one may do better."
     )
 
 
@@ -77,6 +77,8 @@ def _study(frame: pandas.DataFrame, score: str, folder: Path, name: str) -> Iter
     yield from ("**The sweep** (seed 0): " + score.replace("_", " "), "", _sweep(frame, score), "")
     if "compared" in frame and frame["compared"].notna().any():
         yield from (f"**{SNAPSHOT_TITLE}**, at the chosen rate", "", *_distances(chosen), "")
+    if "held_out" in frame and frame["held_out"].notna().any():
+        yield from ("**Held-out loss over the steps**, at the chosen rate", "", _curves(chosen), "")
     plot = folder / f"{name}.png"
     _draw(frame, chosen, score, plot)
     yield from (f"![{name}]({folder.name}/{plot.name})", "")
@@ -89,7 +91,7 @@ def _chosen(frame: pandas.DataFrame, score: str) -> pandas.DataFrame:
         swept = cell[cell["seed"] == 0].dropna(subset=[score])
         if len(swept):
             best = swept.loc[swept[score].idxmin(), "lr"]
-            edge = best in (cell["lr"].min(), cell["lr"].max())
+            edge = cell["lr"].nunique() > 1 and best in (cell["lr"].min(), cell["lr"].max())
             parts.append(cell[cell["lr"] == best].assign(edge=edge))
     return pandas.concat(parts)
 
@@ -167,6 +169,18 @@ def _distances(chosen: pandas.DataFrame) -> Iterator[str]:
         "the length over the reference's."
     )
     yield from ("", str(table.reset_index().fillna("").to_markdown(index=False, floatfmt=".2f")))
+
+
+def _curves(chosen: pandas.DataFrame) -> str:
+    """The loss on the test text after some steps and at the end, means over seeds."""
+    rows = [
+        {"method": record["method"], "rank": _rank_name(record["rank"]), **record["held_out"], record["steps"]: final}
+        for record in json.loads(chosen.to_json(orient="records"))
+        if (final := record["test_loss"]) is not None
+    ]
+    means = pandas.DataFrame(rows).groupby(["rank", "method"], sort=False).mean()
+    means.columns = [f"step {step}" for step in means.columns]
+    return str(means.reset_index().to_markdown(index=False, floatfmt=".3f"))
 
 
 def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: Path) -> None:

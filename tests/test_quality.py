@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import quality
+from studies.captured import shares
 from studies.page import write_page
 from studies.training import best_of_rank, compare
 
@@ -59,3 +60,31 @@ def test_nearest_change_of_a_rank():
     tail = torch.linalg.svdvals(reference["w"])[2:].norm() / reference["w"].norm()
     assert near["distance"] == pytest.approx(float(tail), abs=1e-6)  # Eckart and Young
     assert near["cosine"] == pytest.approx((1 - float(tail) ** 2) ** 0.5, abs=1e-6)
+
+
+def test_shares_of_a_gradient():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 8), torch.randn(6, 2)
+    inside = torch.randn(6, 2) @ a + b @ torch.randn(2, 8)
+    assert shares(inside, a, b)["both"] == pytest.approx(1, abs=1e-5)  # float32
+    left, right = torch.linalg.qr(torch.randn(6, 6))[0], torch.linalg.qr(torch.randn(8, 6))[0]
+    outside = left[:, :4].mul(torch.tensor([4.0, 3, 2, 1])) @ right[:, :4].T
+    first = shares(outside, right[:, [0, 3]].T, torch.zeros(6, 2))
+    # Squares: 16 of 30 and 1 of 30 in reach; the best two directions have 25.
+    assert first == pytest.approx({"B": 17 / 30, "A": 0, "both": 17 / 30, "best B": 25 / 30}, abs=1e-5)
+    assert shares(outside, right[:, [0, 3]].T, left[:, [1, 3]])["both"] == pytest.approx(26 / 30, abs=1e-5)
+
+
+def test_what_is_captured(tmp_path, monkeypatch):
+    task = quality.quick(quality.STUDIES["classification"]).task
+    monkeypatch.setattr(quality, "CAPTURED_RANKS", (2,))
+    quality.run_captured(task, tmp_path / "quality" / "captured.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "quality" / "captured.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {0, 1}
+    for line in lines:
+        share = line["share"]
+        assert (share["A"] == 0) == (line["step"] == 0), "B is zero at the start, and not after a step"
+        assert 0 < share["B"] <= share["both"] <= 1
+        assert share["B"] <= share["best B"] <= 1
+    write_page(tmp_path / "quality", {})
+    assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "quality.md").read_text()

@@ -38,10 +38,38 @@ def write_page(folder: Path, scores: dict[str, str]) -> None:
             text += [f"## {name}", "", *_study(pandas.read_json(file, lines=True), score, folder, name)]
         else:
             text += [f"## {name}", "", f"Not run yet: `python benchmarks/quality.py {name}`.", ""]
+    captured = folder / "captured.jsonl"
+    if captured.exists():
+        text += ["## captured", "", *_captured(pandas.read_json(captured, lines=True))]
     notes = folder / "findings.md"
     if notes.exists():
         text += [notes.read_text().strip(), ""]
     (folder.parent / "quality.md").write_text("\n".join(text))
+
+
+def _captured(frame: pandas.DataFrame) -> Iterator[str]:
+    """How much of the full gradient LoFT's factors can follow."""
+    one = frame.iloc[-1]
+    shares = pandas.json_normalize(frame["share"].tolist())
+    frame = pandas.concat([frame.drop(columns="share"), shares], axis=1)
+    frame["shape"] = ["({}, {})".format(*shape) for shape in frame["shape"]]
+    yield (
+        f"The part of the full gradient's squared norm that lies in reach of the factors of {one['method']} at "
+        f"{one['lr']:g}, on the batch of the next step, the mean over the matrices of a shape, and in the first table "
+        f"over shapes, after 0 to {one['steps']} steps of "
+        f"{one['task']}, seed {one['seed']}: of `B` alone, of `A` alone, of both (what LoFT follows jointly); and what "
+        f"the best `A` of that rank would let `B` reach. {one['device']}; {frame['date'].max()}; commit "
+        f"{one['commit'][:12]}. Command: `{one['command']}`."
+    )
+    reach = frame.melt(["rank", "step", "shape"], list(shares.columns), "reach", "share")
+    for title, index, part in (
+        ("of", ["rank", "reach"], reach),
+        ("both, in", ["rank", "shape"], reach[reach["reach"] == "both"]),
+    ):
+        table = part.pivot_table("share", index, "step", sort=False)
+        table.index.names = ["rank", title]
+        table.columns = [f"step {step}" for step in table.columns]
+        yield from ("", str(table.reset_index().to_markdown(index=False, floatfmt=".3f")), "")
 
 
 def _how() -> str:

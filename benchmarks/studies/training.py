@@ -35,14 +35,17 @@ class Run:
 Changes = dict[str, Tensor]
 
 
-def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], None] | None = None) -> dict[str, Any]:
+Watch = Callable[[int, nn.Module, Changes], None]
+
+
+def train(run: Run, task: Task, watch: Watch | None = None) -> dict[str, Any]:
     """The measures of a training, with the losses of its steps.
 
     Args:
         run: which training.
         task: its task.
-        watch: called after every step with the step's number and a function that gives the change of each adapted
-            matrix since the start.
+        watch: called before the first step and after every one with how many were made, the model, and the adapted
+            matrices as they were before training.
     """
     start = time.perf_counter()
     model = task.model(run.seed)
@@ -62,6 +65,8 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
     held_out: dict[str, float] = {}
     diverged = False
     prepared.model.train()
+    if watch is not None:
+        watch(0, prepared.model, before)
     for step in range(run.steps):
         loss = task.loss(prepared.model, run.seed, step)
         losses.append(float(loss.detach()))
@@ -79,7 +84,7 @@ def train(run: Run, task: Task, watch: Callable[[int, Callable[[], Changes]], No
             with _evaluation(prepared.model):
                 held_out[str(step + 1)] = task.held_out(prepared.model)
         if watch is not None:
-            watch(step + 1, lambda: changes(prepared.model, before))
+            watch(step + 1, prepared.model, before)
     measures: dict[str, float] = {}
     if not diverged:
         with _evaluation(prepared.model):

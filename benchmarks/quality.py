@@ -45,7 +45,8 @@ JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at so
 FULL = ("full", "full, adapted matrices alone")
 GRADIENT = "LoFT, first directions from gradients"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
-CANDIDATES = ("LoFT, trust region", "LoFT, second moment warmed up")
+AIMED = "LoFT, first directions by factor gradients"
+CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 
@@ -82,9 +83,10 @@ STUDIES = {
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
             ((STEP_CUT, GRADIENT, *CANDIDATES), (1,)),
+            (("LoRA-GA",), (1,)),
             (ABLATIONS, (2,)),
             ((LOFT, "LoRA"), (4, 64)),
-            ((ALTERNATE, GRADIENT, *LORAS[1:]), (2,)),
+            ((AIMED, ALTERNATE, GRADIENT, *LORAS[1:]), (2,)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,

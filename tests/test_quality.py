@@ -2,10 +2,13 @@
 
 import json
 
+import peft
 import pytest
 import torch
+from torch import nn
 
 import quality
+from studies.candidates import aim
 from studies.captured import shares
 from studies.page import write_page
 from studies.training import best_of_rank, compare
@@ -88,3 +91,18 @@ def test_what_is_captured(tmp_path, monkeypatch):
         assert share["B"] <= share["best B"] <= 1
     write_page(tmp_path / "quality", {})
     assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "quality.md").read_text()
+
+
+def test_aiming_finds_the_gradients_directions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9, bias=False))
+    weight = model[0].weight.detach().clone()
+    # Of rank 2, so that the leading two directions are all there are, and one iteration finds them.
+    gradient = torch.randn(9, 2) @ torch.randn(2, 12)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    layer = adapted.base_model.model[0]
+    aim(adapted, lambda: (gradient * (layer.get_base_layer().weight + layer.get_delta_weight("default"))).sum())
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    assert not b.any()
+    assert torch.equal(layer.get_base_layer().weight, weight)
+    assert shares(gradient, a, b)["B"] == pytest.approx(1, abs=1e-5)  # float32

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from loft_ds import LoFTAdamW
+from loft_ds.adapters import find_trainable
 from loft_ds.algebra import gram
 
 
@@ -82,3 +85,22 @@ class TruncatedAdamW(AdamW):
             if not self._accumulated:
                 start.copy_(p)
         return loss
+
+
+def aim(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Turn ``A`` to the leading right singular vectors of the loss's gradient ``G`` by the gradients of factors alone.
+
+    With ``B = 0`` the gradient of ``B`` is ``s G A^T``, with ``A = 0`` that of ``A`` is ``s B^T G``: a step of subspace
+    iteration, in which the weights never change and no matrix of their size is built.
+    """
+    pairs = find_trainable(model).pairs
+    of_b = torch.autograd.grad(loss(), [b.param for _, b in pairs])
+    with torch.no_grad():
+        for (a, b), gradient in zip(pairs, of_b, strict=True):
+            b.param.copy_(torch.linalg.qr(gradient)[0])
+            a.param.zero_()
+    of_a = torch.autograd.grad(loss(), [a.param for a, _ in pairs])
+    with torch.no_grad():
+        for (a, b), gradient in zip(pairs, of_a, strict=True):
+            a.param.copy_(torch.linalg.qr(gradient.T)[0].T)
+            b.param.zero_()

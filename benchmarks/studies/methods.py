@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
@@ -16,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import LoFTAdamW
 
-from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT
+from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from .tasks import Task
 
 # A new head is no part of what is compared: it has one learning rate under every method.
@@ -39,6 +38,7 @@ class Method:
         switches: keyword arguments of the optimizer.
         gradient_batches: the adapters' first directions are those of the mean gradient of so many batches (LoRA-GA,
             Wang et al. 2024, as PEFT does it).
+        aimed_batches: the same by :func:`.candidates.aim`.
     """
 
     rates: tuple[float, ...]
@@ -49,6 +49,7 @@ class Method:
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
+    aimed_batches: int = 0
 
     def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
         """Adapters onto the model, and the optimizers that train it."""
@@ -72,11 +73,10 @@ class Method:
                 config.target_modules = [
                     name.removesuffix(".weight") for name in adapted_matrices(model, targets, head)
                 ]
-                batches = range(self.gradient_batches)
-                preprocess_loraga(
-                    model, config, lambda: torch.stack([task.loss(model, seed, b) for b in batches]).sum().backward()
-                )
+                preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
+            if self.aimed_batches:
+                aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
         heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
         return Prepared(trained, self.build(trained, heads, lr, rank, **self.switches), self.own_clip)
 
@@ -196,5 +196,8 @@ METHODS: dict[str, Method] = {
     },
     "LoFT, first directions from gradients": Method(
         FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
+    ),
+    "LoFT, first directions by factor gradients": Method(
+        FULL, loft, adapter={}, own_clip=True, switches=LOFT_SWITCHES["LoFT"], aimed_batches=4
     ),
 }

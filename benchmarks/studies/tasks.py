@@ -48,6 +48,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
         """The loss on the batch of a step."""
 
+    def first_loss(self, model: nn.Module, seed: int, batches: int) -> Tensor:
+        """The summed loss of the first batches."""
+        return torch.stack([self.loss(model, seed, batch) for batch in range(batches)]).sum()
+
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The measures, by name."""

@@ -90,8 +90,8 @@ class TruncatedAdamW(AdamW):
 def aim(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Turn ``A`` to the leading right singular vectors of the loss's gradient ``G`` by the gradients of factors alone.
 
-    With ``B = 0`` the gradient of ``B`` is ``s G A^T``, with ``A = 0`` that of ``A`` is ``s B^T G``: a step of subspace
-    iteration, in which the weights never change and no matrix of their size is built.
+    With ``B = 0`` the gradient of ``B`` is ``s G A^T``, with ``A = 0`` that of ``A`` is ``s B^T G``: a step of
+    subspace iteration, in which the weights never change and no matrix of their size is built.
     """
     pairs = find_trainable(model).pairs
     of_b = torch.autograd.grad(loss(), [b.param for _, b in pairs])

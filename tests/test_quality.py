@@ -1,5 +1,6 @@
 """The quality studies work: a few steps of each kind, resumed where they stopped, and the page of their results."""
 
+import itertools
 import json
 
 import peft
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import quality
-from studies.candidates import aim
+from studies.candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from studies.captured import shares
 from studies.page import write_page
 from studies.training import best_of_rank, compare
@@ -106,3 +107,55 @@ def test_aiming_finds_the_gradients_directions():
     assert not b.any()
     assert torch.equal(layer.get_base_layer().weight, weight)
     assert shares(gradient, a, b)["B"] == pytest.approx(1, abs=1e-5)  # float32
+
+
+def candidate_steps(kind, steps, lr=0.1):
+    """The product of one pair after each step of a candidate."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(7, 5)), peft.LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    optimizer = kind(model, lr=lr)
+    changes = [layer.get_delta_weight("default").detach()]
+    for _ in range(steps):
+        model(torch.randn(12, 7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changes.append(layer.get_delta_weight("default").detach())
+    return layer.get_base_layer().weight.detach(), changes
+
+
+def test_no_step_leaves_the_trust_region():
+    class Tight(TrustRegionLoFT):
+        RADIUS = 0.5
+
+    weight, changes = candidate_steps(Tight, 5)
+    radius = float(0.5 * 0.1 * weight.norm())
+    lengths = [float((after - before).norm()) for before, after in itertools.pairwise(changes)]
+    # B = 0 before the first step: the product is linear in how far it goes. Later it is nearly so, steps being short.
+    assert lengths[0] == pytest.approx(radius, rel=1e-5)
+    assert max(lengths) < 1.1 * radius
+
+
+def test_moments_are_gathered_before_the_first_move():
+    _, changes = candidate_steps(LateLoFT, LateLoFT.HOLD + 1)
+    assert not any(change.any() for change in changes[:-1])
+    assert changes[-1].any()
+
+
+@pytest.mark.parametrize("accumulated", [True, False])
+def test_change_is_cut_to_the_rank(accumulated):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 9))
+    optimizer = TruncatedAdamW([{"params": [weight], "lr": 0.1}], rank=1, accumulated=accumulated)
+    states = [weight.detach().clone()]
+    for _ in range(3):
+        weight.grad = torch.randn(6, 9)
+        optimizer.step()
+        states.append(weight.detach().clone())
+
+    def rank(change):
+        return int(torch.linalg.matrix_rank(change, atol=1e-4))
+
+    assert rank(states[-1] - states[0]) == (1 if accumulated else 3)
+    assert rank(states[1] - states[0]) == 1
+    assert rank(states[3] - states[2]) == (2 if accumulated else 1)

@@ -33,12 +33,13 @@ import transformers
 from filelock import FileLock
 from torch import nn
 
+from loft_ds.settings import SettingsError
 from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
 from studies.methods import METHODS
 from studies.page import write_page
 from studies.tasks import Classification, Factorisation, Language, Task
-from studies.training import Changes, Run, best_of_rank, changes, compare, train
+from studies.training import Changes, Run, best_of_rank, changes, compare, steps_after, train
 
 LOFT, PUBLISHED = "LoFT", "LoFT as published"
 JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at some ranks: see LoFTAdamW's turns
@@ -82,8 +83,7 @@ STUDIES = {
             ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1,)),
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
-            ((STEP_CUT, GRADIENT, *CANDIDATES), (1,)),
-            (("LoRA-GA",), (1,)),
+            ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
             (ABLATIONS, (2,)),
             ((LOFT, "LoRA"), (4, 64)),
             ((AIMED, ALTERNATE, GRADIENT, *LORAS[1:]), (2,)),
@@ -145,7 +145,7 @@ def _references(run: Run, task: Task) -> dict[str, Changes]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            wanted = {max(1, round(part * run.steps)) for part in SNAPSHOTS}
+            wanted = steps_after(SNAPSHOTS, run)
             kept: dict[str, Changes] = {}
 
             def watch(step: int, model: nn.Module, before: Changes) -> None:
@@ -184,13 +184,14 @@ def run_study(study: Study, file: Path, workers: int) -> None:
 def run_captured(task: Task, file: Path) -> None:
     """The part of the full gradient that LoFT can follow, one training a rank, appended as each ends."""
     _quiet(1)
+    facts = provenance()
+    file.parent.mkdir(parents=True, exist_ok=True)
     done = {record["rank"] for record in records(file)}
     for rank in CAPTURED_RANKS:
         if rank not in done:
             lines = captured(Run(task.name, LOFT, rank, CAPTURED_RATE, 0, task.steps), task)
-            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a") as out:
-                out.writelines(json.dumps({**line, **provenance()}) + "\n" for line in lines)
+                out.writelines(json.dumps({**line, **facts}) + "\n" for line in lines)
 
 
 def records(file: Path) -> list[dict[str, Any]]:
@@ -226,13 +227,17 @@ def main() -> None:
     if args.study == "page":
         write_page(args.results, {name: study.task.score for name, study in STUDIES.items()})
         return
+    study = STUDIES["classification" if args.study == "captured" else args.study]
+    study = quick(study) if args.quick else study
+    file = args.results / f"{args.study}.jsonl"
     if args.study == "captured":
-        task = STUDIES["classification"].task
-        run_captured(quick(STUDIES["classification"]).task if args.quick else task, args.results / "captured.jsonl")
-        return
-    study = STUDIES[args.study]
-    run_study(quick(study) if args.quick else study, args.results / f"{args.study}.jsonl", args.workers)
+        run_captured(study.task, file)
+    else:
+        run_study(study, file, args.workers)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SettingsError as error:
+        raise SystemExit(str(error)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,8 +33,6 @@ class Run:
 
 
 Changes = dict[str, Tensor]
-
-
 Watch = Callable[[int, nn.Module, Changes], None]
 
 
@@ -60,7 +58,7 @@ def train(run: Run, task: Task, watch: Watch | None = None) -> dict[str, Any]:
 
     schedules = [LambdaLR(optimizer, factor) for optimizer in prepared.optimizers]
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
-    looks = {max(1, round(part * run.steps)) for part in task.looks}
+    looks = steps_after(task.looks, run)
     losses: list[float] = []
     held_out: dict[str, float] = {}
     diverged = False
@@ -98,6 +96,11 @@ def train(run: Run, task: Task, watch: Watch | None = None) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in trained),
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def steps_after(parts: Iterable[float], run: Run) -> set[int]:
+    """How many steps were made after parts of a training, one at least."""
+    return {max(1, round(part * run.steps)) for part in parts}
 
 
 @contextmanager

@@ -84,9 +84,9 @@ STUDIES = {
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
             ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
-            (ABLATIONS, (2,)),
             ((LOFT, "LoRA"), (4, 64)),
-            ((AIMED, ALTERNATE, GRADIENT, *LORAS[1:]), (2,)),
+            (LORAS[1:], (2,)),
+            ((*ABLATIONS, ALTERNATE, GRADIENT, AIMED), (2,)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,
@@ -95,7 +95,7 @@ STUDIES = {
         Classification("r8", steps=300), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1,)), ((LOFT, "LoRA"), (16,))), rates=3
     ),
     "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
-    "language": Study(Language(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
+    "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,))), rates=3),
 }
 CAPTURED_RANKS, CAPTURED_RATE = (1, 2, 4, 16, 64), 3e-4
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's

@@ -156,7 +156,7 @@ class Language(Task):
     name = "shakespeare"
     batch, length = 4, 64
     steps = 40
-    documents = 24  # blocks in each of the evaluation texts
+    documents = 16  # blocks in each of the evaluation texts
     looks = (0.25, 0.5, 0.75)
 
     @functools.cached_property

@@ -84,9 +84,11 @@ STUDIES = {
             ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
             ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
-            ((LOFT, "LoRA"), (4, 64)),
+            ((LOFT, "LoRA"), (4,)),
+            ((ALTERNATE,), (2, 4)),
+            ((LOFT, "LoRA"), (64,)),
             (LORAS[1:], (2,)),
-            ((*ABLATIONS, ALTERNATE, GRADIENT, AIMED), (2,)),
+            ((*ABLATIONS, GRADIENT, AIMED), (2,)),
             ((CUT,), (1, 16)),
         ),
         reference=3e-4,
@@ -127,16 +129,22 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
         return train(run, study.task)
     references = _references(replace(run, method=FULL[1], rank=None, lr=study.reference), study.task)
     compared: dict[str, dict[str, float]] = {}
+    beyond: dict[str, float] = {}
 
     def watch(step: int, model: nn.Module, before: Changes) -> None:
-        if str(step) in references:
-            compared[str(step)] = compare(changes(model, before), references[str(step)])
+        if str(step) not in references:
+            return
+        change = changes(model, before)
+        compared[str(step)] = compare(change, references[str(step)])
+        if run.method == GRADIENT and run.rank is not None:
+            # It starts from adapters that are taken out of the frozen weight, so its change may have rank 2 r.
+            beyond["beyond_its_rank"] = compare(best_of_rank(change, run.rank), change)["distance"]
 
     result = train(run, study.task, watch)
     if run.rank is not None and run.method == LOFT:
         last = references[str(run.steps)]
         compared["nearest of this rank"] = compare(best_of_rank(last, run.rank), last)
-    return {**result, "compared": compared}
+    return {**result, "compared": compared, **beyond}
 
 
 def _references(run: Run, task: Task) -> dict[str, Changes]:

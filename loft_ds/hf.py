@@ -28,13 +28,14 @@ from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
     from transformers import Trainer as Base
 else:
     Base = object  # the mixin comes before a Trainer of the user's choice
 
 
 class LoFT:
-    """The factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-3})``.
+    """The factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-4})``.
 
     Under DeepSpeed that is all. Without it such a Trainer first clips the raw factor gradients by itself: set its
     ``max_grad_norm`` to 0 and pass LoFT's here.
@@ -105,9 +106,12 @@ class LoFTMixin(Base):
         return self._loft._global_grad_norm
 
     @property
-    def _own_checkpoints(self) -> bool:
-        """Whether state lies in :mod:`loft_ds.checkpoint`'s format: DeepSpeed's cannot change world size or stage."""
-        return self.use_loft and self.is_deepspeed_enabled
+    def _trained(self) -> DeepSpeedEngine | LoFTAdamW:
+        """What :mod:`loft_ds.checkpoint` saves and loads: with DeepSpeed or without, in one format, so that a run may
+        go on under another world size or stage, or without DeepSpeed. The Trainer's loader passes over what it does
+        not know, and would go on with empty moments.
+        """
+        return self.model_wrapped if self.is_deepspeed_enabled else self._loft
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
@@ -131,30 +135,33 @@ class LoFTMixin(Base):
             json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last, and not aside
         except (OSError, ValueError):
             return False
-        return not self._own_checkpoints or last_tag(folder) is not None
+        return not self.use_loft or last_tag(folder) is not None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with naming(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._own_checkpoints:
+        if not self.use_loft:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_checkpoint(self.model_wrapped, output_dir)
+        save_checkpoint(self._trained, output_dir)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is None or not self._own_checkpoints:
+        if resume_from_checkpoint is None or not self.use_loft:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        load_checkpoint(self.model_wrapped, resume_from_checkpoint)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed the scheduler alone
+        load_checkpoint(self._trained, resume_from_checkpoint)
+        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        self._load_scaler(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self) -> None:
-        if self._own_checkpoints:
+        if self.use_loft and self.is_deepspeed_enabled:
             load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

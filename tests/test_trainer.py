@@ -158,10 +158,13 @@ def test_a_trainer_that_drops_loft_is_found_out(ranks, tmp_path):
 
 
 def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, every=2, bf16=False):
-    """A Trainer that saves every so many steps; with ``resume`` it goes on from the last whole checkpoint."""
+    """A Trainer that saves every so many steps; with ``resume`` it goes on from the last whole checkpoint.
+
+    Under a stage of DeepSpeed, or in plain torch where it is None.
+    """
     import os
 
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage is not None).lower()
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
@@ -169,10 +172,13 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, eve
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": "auto"},
     }
-    kwargs = {"deepspeed": config, "save_strategy": "steps", "save_steps": every, "max_steps": steps, "bf16": bf16}
+    kwargs = {"save_strategy": "steps", "save_steps": every, "max_steps": steps, "bf16": bf16}
+    if stage is not None:
+        kwargs["deepspeed"] = config
     if best:
         kwargs |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
-    # The schedule must not depend on where the first run stops.
+    # A schedule that is still moving where the first run stops, and does not depend on where.
+    kwargs |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": STEPS}
     args = arguments(folder, **{**kwargs, "per_device_train_batch_size": 12 // world})
     data = examples()
     trainer = InOrder(model=Regression(), args=args, train_dataset=data, eval_dataset=data[:12])
@@ -188,7 +194,7 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, eve
 
 @pytest.mark.parametrize("first", [3, 4])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_ordinary_resume_is_bitwise(ranks, stage, bf16, first, tmp_path):
     whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None, every=first, bf16=bf16)[0]
     ranks(1)(interrupted, stage, tmp_path / "cut", None, steps=first, every=first, bf16=bf16)
@@ -198,12 +204,24 @@ def test_ordinary_resume_is_bitwise(ranks, stage, bf16, first, tmp_path):
     assert rest == norms  # the log before the interruption comes back with the Trainer's state
 
 
-def test_ordinary_resume_on_other_ranks_and_stage(ranks, tmp_path):
-    whole, _, _, _ = ranks(1)(interrupted, 2, tmp_path / "whole", None)[0]
-    ranks(2)(interrupted, 3, tmp_path / "cut", None, steps=4)
-    resumed, _, _, _ = ranks(1)(interrupted, 2, tmp_path / "cut", True)[0]
+@pytest.mark.parametrize(("saved", "stage"), [(3, 2), (2, None), (None, 2)])
+def test_ordinary_resume_on_other_ranks_and_stage(ranks, saved, stage, tmp_path):
+    """Also from DeepSpeed to plain torch (None) and back, with moments and schedule, or the norms would differ."""
+    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None)[0]
+    ranks(2)(interrupted, saved, tmp_path / "cut", None, steps=4)
+    resumed, rest, _, _ = ranks(1)(interrupted, stage, tmp_path / "cut", True)[0]
+    assert rest == pytest.approx(norms, rel=1e-5)  # sums over two ranks, in another order
     for name in whole:
-        assert relative(resumed[name], whole[name]) < 1e-5, name  # sums over two ranks, in another order
+        assert relative(resumed[name], whole[name]) < 1e-5, name  # the same
+
+
+def test_a_checkpoint_without_lofts_state_is_refused(ranks, tmp_path):
+    """The Trainer passes over an optimizer's state that is not there, and would go on with empty moments."""
+    ranks(1)(interrupted, None, tmp_path, None, steps=4)
+    folder = tmp_path / "checkpoint-4"
+    (folder / "latest").unlink()
+    with pytest.raises(RuntimeError, match="holds no whole checkpoint"):
+        ranks(1)(interrupted, None, tmp_path, str(folder))
 
 
 def test_best_model_at_end(ranks, tmp_path):

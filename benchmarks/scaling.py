@@ -20,6 +20,7 @@ Traffic and arithmetic are means of a step of ``B`` and one of ``A``.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import numpy
@@ -44,12 +46,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loft_ds import LoFTAdamW, plan
+from loft_ds import LoFTAdamW, kernels, plan
 from loft_ds.plan import BUILTIN, Job, shapes_of
 from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET, division_of
 from provenance import RESULTS, provenance
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective of CPUs that takes a minute to compile
+if not torch.accelerator.is_available():
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective of CPUs: it takes a minute to compile
 
 # A Llama whose adapters are large beside it, so that what the optimizer does can be seen on two cores.
 TINY = {
@@ -219,11 +222,12 @@ def settings(setup: Setup) -> dict[str, Any]:
     return config
 
 
-def build_model(setup: Setup) -> torch.nn.Module:
+def build_model(setup: Setup, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(**setup.model)
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with device if setup.stage < 3 else torch.device("cpu"):  # under stage 3 it may be too large for one device
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     targets: dict[bool, set[str]] = {False: set(), True: set()}
     for path, *_, experts in shapes_of(setup.model).layers:
         targets[experts > 1].add(".".join(path.split(".")[-2:]))
@@ -236,7 +240,9 @@ def build_model(setup: Setup) -> torch.nn.Module:
 def measure(rank: int, world: int, setup: Setup) -> Measured:
     """Train a few steps on this rank, one of ``world`` in an initialised process group."""
     device = torch.device(get_accelerator().current_device_name())
-    model = build_model(setup)
+    gc.collect()  # the setup before
+    torch.cuda.empty_cache()
+    model = build_model(setup, device)
     optimizer = LoFTAdamW(model, lr=1e-4)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(setup))
     generator = torch.Generator().manual_seed(rank)
@@ -254,7 +260,9 @@ def measure(rank: int, world: int, setup: Setup) -> Measured:
 
     @contextmanager
     def counted(phase: str) -> Iterator[None]:
-        with traffic, FlopCounterMode(display=False) as flops:
+        # The counter does not see what Triton launches; plain torch does the same products.
+        plain = mock.patch.object(kernels, "_fused", return_value=None)
+        with plain, traffic, FlopCounterMode(display=False) as flops:
             yield
         arithmetic[phase] += flops.get_total_flops() / 2
 
@@ -549,6 +557,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     launched = "WORLD_SIZE" in os.environ
+    if not launched and torch.accelerator.is_available():
+        parser.error("ranks on accelerators are a launcher's: torchrun --nproc_per_node N benchmarks/scaling.py ...")
     worlds = [int(os.environ["WORLD_SIZE"])] if launched else options.worlds
     if any(options.batch % world for world in worlds):
         parser.error(f"--batch {options.batch} is no multiple of each of {worlds} ranks")

@@ -65,12 +65,12 @@ def discover_mpi_ranks() -> None:
 
 def prepare_process() -> None:
     """Settles what is a process's own: threads, and who speaks."""
+    if "OMP_NUM_THREADS" not in os.environ:  # with GPUs too: what is offloaded is computed on the CPU
+        threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+        torch.set_num_threads(threads)
+        # Where Accelerate looks, which otherwise sets a number of its own that ignores the other ranks.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     if not torch.accelerator.is_available():
-        if "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
-            torch.set_num_threads(threads)
-            # Where Accelerate looks, which otherwise sets a number of its own that ignores the other ranks.
-            os.environ["OMP_NUM_THREADS"] = str(threads)
         # Otherwise DeepSpeed compiles an extension for one to two minutes on the first run on a CPU; only
         # tensor-parallel layers ever call it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -20,6 +20,8 @@ Nothing here knows of torch.distributed, DeepSpeed or PEFT.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,6 +39,24 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     shorter than 3e-4 of the longest would be lost.
     """
     return left.double().mT @ right.double()
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """How float32 matrix products are computed meanwhile: "ieee", or "tf32" where the hardware has it.
+
+    A run may allow itself TF32 for its forward and backward passes. A basis of short factors has long columns, which
+    would carry the ten bits of TF32 into the step.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = precision
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.fp32_precision = allowed
 
 
 def pack(symmetric: Tensor) -> Tensor:
@@ -68,6 +88,8 @@ def orthonormal_basis(grams: Tensor) -> Tensor:
     sound = (info == 0) & (pivots.amin(dim=-1) > CHOLESKY_TOLERANCE * pivots.amax(dim=-1))
     if bool(sound.all()):
         return _inverse_transposed(lower)
+    if not bool(grams.isfinite().all()):  # not every library's eigenvectors fail then
+        raise torch.linalg.LinAlgError("a Gram matrix is not finite")
     basis = torch.empty_like(grams)
     basis[sound] = _inverse_transposed(lower[sound])
     basis[~sound] = _eigenbasis(grams[~sound])

@@ -270,7 +270,8 @@ class LoFTAdamW(Optimizer):
         if self._ready():
             assert self._layout is not None
             if self._layout.collect(self.param_groups):
-                self._update(self._layout)
+                with algebra.products_in("ieee"):
+                    self._update(self._layout)
         return loss
 
     def _update(self, layout: Layout) -> None:
@@ -395,7 +396,7 @@ class LoFTAdamW(Optimizer):
         for f in fresh:
             kinds[grams[f].shape, grams[f].device, rows[f].values.dtype, f in turned].append(f)
         for (shape, device, dtype, turns), alike in kinds.items():
-            scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64, device=device)
+            scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64).to(device, non_blocking=True)
             scaling = scaling.view(-1, *(1 for _ in shape))
             gram = scaling**2 * torch.stack([grams[f] for f in alike])
             try:

@@ -3,6 +3,10 @@
 import os
 import subprocess
 
+# The suite is for CPUs, also where there is a GPU. What can run on GPUs, over NCCL:
+# DS_ACCELERATOR=cuda pytest tests/test_kernels_fused.py tests/test_sharded.py
+if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -18,9 +22,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """``ranks(n)`` is a pool of n ranks with one process group, shared by all tests that ask for n."""
+    on_gpus = os.environ["DS_ACCELERATOR"] != "cpu"
     pools: dict[int, Ranks] = {}
 
     def pool(world: int) -> Ranks:
+        if on_gpus and world > torch.accelerator.device_count():
+            pytest.skip(f"needs {world} accelerators")
         if world not in pools or not pools[world].alive:
             pools[world] = Ranks(world)
         return pools[world]

@@ -81,6 +81,7 @@ def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
     for factor in optimizer.trainable.factors:
         elementwise = optimizer.second_moment == "elementwise"
         for name, state in pairs_in(factor, optimizer.state[factor.name]).items():
+            state = {kind: t.cpu() if isinstance(t, Tensor) else t for kind, t in state.items()}
             second = state["second_moment"].double()
             second = torch.diag_embed(second) if elementwise else unpack(second, factor.rank)
             if "pending" in state:

@@ -1,4 +1,4 @@
-"""Ranks that live as long as the test session: one pool of processes and one gloo group a world size."""
+"""Ranks that live as long as the test session: one pool of processes and one group a world size, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.Connection) -> None:
     import deepspeed
     import torch
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     # Without it DeepSpeed compiles a shared-memory collective for a minute and more.
@@ -82,8 +83,9 @@ def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.C
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate wants to see them; the group exists
+    get_accelerator().set_device(rank)
     deepspeed.init_distributed(
-        "gloo",
+        "gloo" if get_accelerator().device_name() == "cpu" else get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(seconds=60),

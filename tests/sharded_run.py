@@ -89,8 +89,8 @@ def train_sharded(
     norms, losses = [], []
     for step in range(steps):
         for micro in range(accumulation):
-            x, y = batch(step * accumulation + micro)
-            loss = (engine(x[part].to(dtype)).float() - y[part]).square().mean()
+            x, y = (t[part].to(engine.device) for t in batch(step * accumulation + micro))
+            loss = (engine(x.to(dtype)).float() - y).square().mean()
             if step == blow_up_at and rank == 0:
                 loss = loss * 1e9
             engine.backward(loss)
@@ -100,7 +100,7 @@ def train_sharded(
     params = {}
     for name, p in trained(model).items():
         with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
-            params[name] = p.detach().float().clone()
+            params[name] = p.detach().float().cpu().clone()
     outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
     outcome.steps = {f.name: optimizer.state[f.name]["step"] for f in optimizer.trainable.factors}
     for factor, partition in getattr(optimizer._layout, "_partitions", {}).items():

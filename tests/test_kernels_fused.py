@@ -191,3 +191,15 @@ def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
         assert compiled.asm["cubin"]
         assert "mma" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 99 * 1024  # what every GPU since 2020 has
+
+
+@pytest.mark.parametrize(("capability", "least"), [((8, 0), 32), ((9, 0), 64)])
+def test_tiles_that_round_otherwise_are_not_tried(capability, least, monkeypatch):
+    """On a Hopper 32 rows are another unit's: which of them is faster must not decide over bits."""
+    import triton
+
+    from loft_ds.kernels import fused
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    tried = fused._alike([triton.Config({"ROWS": rows}) for rows in (32, 64, 128)])
+    assert min(config.kwargs["ROWS"] for config in tried) == least

@@ -9,7 +9,7 @@ from models import batch, odd_model, one_layer, relative, trained, two_groups
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loft_ds import LoFTAdamW
+from loft_ds import LoFTAdamW, algebra
 
 
 def train(model, optimizer, steps, start=0, scheduler=None):
@@ -331,3 +331,18 @@ def test_divergence_is_named():
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"lora_B\S+ became infinite or NaN: the run has diverged"):
         optimizer.step()
+
+
+def test_a_step_ignores_tf32(monkeypatch):
+    """A run's own TF32 stays as it was; on a GPU a step in ten bits would be another one."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    model = odd_model()
+    optimizer = LoFTAdamW(model)
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    gram = algebra.gram
+    monkeypatch.setattr(algebra, "gram", lambda *given: seen.append(matmul.fp32_precision) or gram(*given))
+    with algebra.products_in("tf32"):
+        optimizer.step()
+        assert matmul.fp32_precision == "tf32"
+    assert set(seen) == {"ieee"}

@@ -53,7 +53,12 @@ def _packed_of(table, pair, stored: tl.constexpr, aligned: tl.constexpr):  # typ
     return packed
 
 
-@triton.autotune(_CONFIGS, key=["RANK", "stored"])
+def _alike(configs: list[Any], *_: Any, **__: Any) -> list[Any]:
+    """The choices that round alike: a Hopper's warp groups multiply 64 rows and more, and fewer by another unit."""
+    return [c for c in configs if c.kwargs["ROWS"] >= 64 or torch.cuda.get_device_capability() < (9, 0)]
+
+
+@triton.autotune(_CONFIGS, key=["RANK", "stored"], prune_configs_by={"early_config_prune": _alike})
 @triton.jit
 def _projected_update_kernel(  # type: ignore[no-untyped-def]
     momentum,  # (b, k, RANK), contiguous
@@ -146,7 +151,8 @@ def _round_stochastically(values, seed):  # type: ignore[no-untyped-def]
     return tl.where(finite, rounded, values).to(tl.bfloat16)
 
 
-@triton.jit
+# A seed is divisible by 16 now and then, and a kernel of its own for that would be compiled in the middle of a run.
+@triton.jit(do_not_specialize=["seed"])
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
     table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
     gradient,  # (b, k, RANK), contiguous
@@ -231,7 +237,8 @@ def _stored(packed: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, dict[str, A
         "stored": tl.float32 if laid[0].dtype == torch.float32 else tl.bfloat16,
         "aligned": all(place % 16 == 0 for place in places),
     }
-    return laid, torch.tensor(places, dtype=torch.int64, device=laid[0].device), constants
+    # Waiting for the device here would leave it without work between any two launches.
+    return laid, torch.tensor(places, dtype=torch.int64).to(laid[0].device, non_blocking=True), constants
 
 
 def supports(momentum: Tensor, packed: Tensor) -> bool:
@@ -258,26 +265,27 @@ def projected_update(
     out = momentum.new_empty(splits, count, k, rank)
     keys, values = quotient.keys_and_values(basis.contiguous())
     _alive, table, constants = _stored(packed)
-    _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits, count)](
-        momentum.contiguous(),
-        table,
-        keys.mT.contiguous(),
-        values,
-        _triangle(rank, momentum.device),
-        out,
-        k,
-        width,
-        columns_a_split,
-        quotient.eps,
-        quotient.bound,
-        **constants,
-        RANK=rank,
-        PADDED=_padded(rank),
-        COLUMNS=columns,
-        BLOCK=32,
-        PART=min(32, _padded(rank)),
-        PRECISION=_precision(momentum.device),
-    )
+    with torch.cuda.device_of(momentum):  # Triton launches on the current device, whatever its arguments' is
+        _projected_update_kernel[lambda meta: (triton.cdiv(k, meta["ROWS"]), splits, count)](
+            momentum.contiguous(),
+            table,
+            keys.mT.contiguous(),
+            values,
+            _triangle(rank, momentum.device),
+            out,
+            k,
+            width,
+            columns_a_split,
+            quotient.eps,
+            quotient.bound,
+            **constants,
+            RANK=rank,
+            PADDED=_padded(rank),
+            COLUMNS=columns,
+            BLOCK=32,
+            PART=min(32, _padded(rank)),
+            PRECISION=_precision(momentum.device),
+        )
     return out[0] if splits == 1 else out.sum(0)
 
 
@@ -301,24 +309,25 @@ def accumulate_second_moment_(
     if pending is not None:
         pending = (pending if rotation is None else pending @ rotation).contiguous()
     laid, table, constants = _stored(packed)
-    _accumulate_kernel[(k, count)](
-        table,
-        gradient,
-        gradient if pending is None else pending,
-        gradient if rotation is None else rotation.contiguous(),
-        k,
-        beta2 if pending is None else beta2**2,
-        1 - beta2,
-        beta2 * (1 - beta2),
-        seed_word(seed),
-        HAS_PENDING=pending is not None,
-        HAS_ROTATION=rotation is not None,
-        **constants,
-        RANK=rank,
-        PADDED=_padded(rank),
-        PRECISION=_precision(gradient.device),
-        num_warps=4 if rank > 32 else 1,
-    )
+    with torch.cuda.device_of(gradient):
+        _accumulate_kernel[(k, count)](
+            table,
+            gradient,
+            gradient if pending is None else pending,
+            gradient if rotation is None else rotation.contiguous(),
+            k,
+            beta2 if pending is None else beta2**2,
+            1 - beta2,
+            beta2 * (1 - beta2),
+            seed_word(seed),
+            HAS_PENDING=pending is not None,
+            HAS_ROTATION=rotation is not None,
+            **constants,
+            RANK=rank,
+            PADDED=_padded(rank),
+            PRECISION=_precision(gradient.device),
+            num_warps=4 if rank > 32 else 1,
+        )
     for target, source in zip(packed, laid, strict=True):
         if target is not source:
             target.copy_(source)

@@ -162,7 +162,7 @@ class Runs:
 
     def index(self, device: torch.device) -> Tensor:
         """The elements' places, run after run. Made where and when it is needed: int64, it is no small thing."""
-        starts, lengths = self.starts.to(device), self.lengths.to(device)
+        starts, lengths = (runs.to(device, non_blocking=True) for runs in (self.starts, self.lengths))
         offsets = starts - (lengths.cumsum(0) - lengths)
         total = int(self.lengths.sum())
         return torch.arange(total, device=device) + torch.repeat_interleave(offsets, lengths, output_size=total)
@@ -204,9 +204,10 @@ class Exchange:
 
     def _finish(self, work: dist.Work, sent: Tensor, received: Tensor, device: torch.device) -> Tensor:
         """``sent`` is here to live as long as the exchange is under way."""
+        places = self.receive.index(device)  # meanwhile
         work.wait()
         result = torch.empty_like(received, device=device)
-        return result.index_copy_(0, self.receive.index(device), received.to(device))
+        return result.index_copy_(0, places, received.to(device))
 
     def back(self, result: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """Carry what became of a result to where its elements came from."""

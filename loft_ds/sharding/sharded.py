@@ -174,8 +174,9 @@ class Sharded(Layout):
         """Whether the rows that all ranks kept are what the master weights are: nobody else has written those since
         (a checkpoint, ``safe_set_full_fp32_param``), here or on another rank.
         """
-        changed = self._kept_for is None or not torch.equal(self._kept_for, self._fingerprint())
-        return not bool(self.all_reduce(torch.tensor([float(changed)])))
+        now = self._fingerprint()
+        changed = torch.ones_like(now) if self._kept_for is None else now - self._kept_for
+        return not bool(self.all_reduce(changed.ne(0).any().float()))
 
     def read(self) -> Share:
         self._rows = {}

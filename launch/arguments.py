@@ -11,6 +11,8 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, TrainingArguments
 
+from loft_ds.settings import SettingsError
+
 
 class Optimizer(str, Enum):
     """What trains: the adapters by LoFT, the same adapters by AdamW, or every weight by AdamW."""
@@ -106,8 +108,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> tuple[LaunchArguments, TrainingArguments]:
-    """The dataclasses of a parsed command line. This joins the process group and makes the DeepSpeed config known."""
-    launch_args, training_args = HfArgumentParser((LaunchArguments, TrainingArguments)).parse_dict(vars(args))
+    """The dataclasses of a parsed command line. This joins the process group and makes the DeepSpeed config known.
+
+    Raises:
+        SettingsError: Flags that do not go together.
+    """
+    try:
+        launch_args, training_args = HfArgumentParser((LaunchArguments, TrainingArguments)).parse_dict(vars(args))
+    except ValueError as error:  # TrainingArguments' word for it
+        raise SettingsError(" ".join(str(error).split())) from error
     return launch_args, training_args
 
 

@@ -116,16 +116,21 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
-def check_loft_settings(path: str, config: dict[str, Any]) -> None:
+def check_loft_settings(path: str, config: dict[str, Any], *, auto_fp16: bool = False) -> None:
     """Refuses settings under which something other than LoFT would train, or that LoFT refuses at the first step.
 
     Args:
         path: The file, for the message.
         config: Its settings.
+        auto_fp16: What ``"auto"`` will stand for in ``fp16.enabled``.
+
+    Raises:
+        SettingsError: With what to do instead.
     """
     zero = config.get("zero_optimization", {})
     stage, offload = zero.get("stage", 0), zero.get("offload_optimizer") or {}
     fp16, autocast = config.get("fp16", {}), config.get("torch_autocast", {})
+    in_fp16 = auto_fp16 if fp16.get("enabled") == "auto" else fp16.get("enabled") is True
     refused = [
         (
             "optimizer" in config,
@@ -142,12 +147,12 @@ def check_loft_settings(path: str, config: dict[str, Any]) -> None:
         ),
         # The rest as loft_ds.sharding.deepspeed and DeepSpeed itself refuse it, once the model is loaded.
         (
-            stage == 0 and fp16.get("enabled") is True and fp16.get("loss_scale") != 1,
+            stage == 0 and in_fp16 and fp16.get("loss_scale") != 1,
             "LoFT does not support fp16 at ZeRO stage 0, where DeepSpeed divides the gradients by a loss scale that it "
             'never multiplied the loss with: use stage 1, which does both, or "bf16"',
         ),
         (
-            stage == 3 and offload.get("device") == "nvme",
+            offload.get("device") == "nvme",
             'LoFT does not support offload_optimizer.device "nvme": use "cpu"',
         ),
         (

@@ -30,8 +30,8 @@ def test_every_key_is_one_that_deepspeed_knows_and_loft_can_use(name):
     check_loft_settings(path, read_deepspeed_json(path))
 
 
-def offloading(**more):
-    return {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", **more}}}
+def offloading(stage=3, **more):
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu", **more}}}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def offloading(**more):
         ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, None),
         (offloading(), None),
         (offloading(device="nvme"), 'offload_optimizer.device "nvme": use "cpu"'),
+        (offloading(2, device="nvme"), 'offload_optimizer.device "nvme": use "cpu"'),
         (offloading(super_offload=True), "super_offload"),
         (offloading(ratio=0.5), "a ratio below 1"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "does not support ZenFlow"),
@@ -58,6 +59,13 @@ def test_what_loft_would_refuse_later_is_refused_at_once(tmp_path, change, messa
     path.write_text(json.dumps({**needed, **change}))
     with pytest.raises(SettingsError, match=f"^{path}: .*{message}") if message else contextlib.nullcontext():
         check_loft_settings(str(path), read_deepspeed_json(str(path)))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_auto_is_what_the_flag_says(enabled):
+    settings = {"zero_optimization": {"stage": 0}, "fp16": {"enabled": "auto"}}
+    with pytest.raises(SettingsError, match="fp16 at ZeRO stage 0") if enabled else contextlib.nullcontext():
+        check_loft_settings("ds.json", settings, auto_fp16=enabled)
 
 
 @pytest.fixture(scope="module")

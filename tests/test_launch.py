@@ -335,6 +335,11 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
     assert stop.value.code == f"train.py: error: {tmp_path}/missing.json: no such file"
 
 
+def test_flags_that_do_not_go_together_are_one_line(model, text):
+    with pytest.raises(SettingsError, match=r"^At most one of fp16 and bf16 can be True"):
+        train.train(["--model_name_or_path", str(model), "--train_file", str(text), "--use_cpu", "--fp16", "--bf16"])
+
+
 def test_offload_reaches_the_optimizer(model, text, monkeypatch):
     class ReachedError(Exception):
         pass

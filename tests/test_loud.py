@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 from models import batch, odd_model, trained
 
 from loft_ds import LoFTAdamW
@@ -168,10 +169,13 @@ def test_a_second_engine_and_an_early_backward(ranks, stage, early):
     assert norms == pytest.approx(expected, rel=1e-6)  # one rank: the same float32 sums
 
 
-def engine(**wrapper):
+def engine(offload=None, **wrapper):
     """As much of an engine as the readers look at before they decide."""
     return SimpleNamespace(
-        optimizer=SimpleNamespace(**wrapper), basic_optimizer=object(), torch_autocast_z0_gradscaler=None
+        optimizer=SimpleNamespace(**wrapper),
+        basic_optimizer=object(),
+        torch_autocast_z0_gradscaler=None,
+        zero_offload_optimizer=lambda: offload,
     )
 
 
@@ -181,13 +185,12 @@ def engine(**wrapper):
         (engine(), "does not support DeepSpeed's SimpleNamespace"),
         (engine(model_parallel_world_size=2), "does not support tensor parallelism"),
         (engine(torch_autocast_gradscaler=object()), "does not support torch_autocast in float16"),
+        (
+            engine(DeepSpeedZeroOffloadOptimizerConfig(device="nvme")),
+            r'does not support offload_optimizer.device "nvme".*use "cpu"',
+        ),
     ],
 )
 def test_unknown_engines_are_refused(fake, expected):
     with pytest.raises(NotImplementedError, match=expected):
         readers.layout_of(fake, find_trainable(odd_model()))
-
-
-def test_swapping_to_nvme_is_refused():
-    with pytest.raises(NotImplementedError, match=r'offload_optimizer.device "nvme".*use "cpu"'):
-        readers._stage3(SimpleNamespace(swap_optimizer=True), find_trainable(odd_model()))

@@ -116,6 +116,9 @@ def layout_of(engine: DeepSpeedEngine, trainable: Trainable) -> Layout:
         _refuse("tensor parallelism", "Use data parallelism alone (no mpu, tensor_parallel.autotp_size 1).")
     if getattr(wrapper, "torch_autocast_gradscaler", None) or engine.torch_autocast_z0_gradscaler:
         _refuse("torch_autocast in float16", 'Use "fp16" or torch_autocast with bfloat16.')
+    offload = engine.zero_offload_optimizer()
+    if offload is not None and offload.device == "nvme":  # stages 1 and 2 would keep it in CPU memory, without a word
+        _refuse('offload_optimizer.device "nvme"', 'Partitions that are swapped out one by one split pairs: use "cpu".')
     if wrapper is engine.basic_optimizer:
         return Whole(trainable.factors, trainable.others)
     readers: dict[type, Callable[[Any, Trainable], Layout]] = {
@@ -213,8 +216,6 @@ def _bf16(wrapper: Any, trainable: Trainable) -> Layout:
 
 def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
     """DeepSpeedZeroOptimizer_Stage3 (zero/stage3.py): every parameter is cut into equal parts, padded at the end."""
-    if wrapper.swap_optimizer:
-        _refuse('offload_optimizer.device "nvme"', 'Partitions that are swapped out one by one split pairs: use "cpu".')
     params = [param for sub_group in wrapper.fp16_groups for param in sub_group]
     group = _one_group([param.ds_process_group for param in params])
     flats = wrapper.fp32_partitioned_groups_flat

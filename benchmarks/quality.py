@@ -96,7 +96,9 @@ STUDIES = {
     "longer": Study(
         Classification("r8", steps=300), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1,)), ((LOFT, "LoRA"), (16,))), rates=3
     ),
-    "reviews": Study(Classification("reviews"), ((FULL, (None,)), ((LOFT, "LoRA"), (1, 16, 2)))),
+    "reviews": Study(
+        Classification("reviews"), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))
+    ),
     "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,))), rates=3),
 }
 CAPTURED_RANKS, CAPTURED_RATE = (1, 2, 4, 16, 64), 3e-4

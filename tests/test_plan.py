@@ -30,12 +30,13 @@ def builtin(name):
 # Four experts and one that all share, whose gate has one output: LoFT leaves its adapter to AdamW.
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 MIXED = {**TINY, "model_type": "qwen2_moe", "num_hidden_layers": 2, **EXPERTS}
-RUNS = [(2, 0, "fp32", False), (2, 0, "bf16", False), (2, 1, "bf16", False), (3, 2, "fp32", False)]
-RUNS += [(3, 3, "fp32", False), (4, 3, "bf16", False), (3, 2, "bf16", True), (2, 3, "fp32", True)]
+RUNS = [(2, 0, "fp32", False, 16), (2, 0, "bf16", False, 16), (2, 1, "bf16", False, 16), (3, 2, "fp32", False, 16)]
+RUNS += [(3, 3, "fp32", False, 16), (4, 3, "bf16", False, 16), (3, 2, "bf16", True, 16), (2, 3, "fp32", True, 16)]
+RUNS += [(3, 2, "bf16", False, 4), (4, 3, "fp32", False, 3)]  # both factors of a pair move on every step
 
 
-def setup_of(stage, precision, mixed):
-    return Setup(stage, batch=1, precision=precision, steps=1, model=MIXED if mixed else TINY)
+def setup_of(stage, precision, mixed, rank):
+    return Setup(stage, batch=1, rank=rank, precision=precision, steps=1, model=MIXED if mixed else TINY)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,11 @@ def measured(ranks):
     return functools.cache(lambda world, *run: ranks(world)(measure, setup_of(*run)))
 
 
-@pytest.mark.parametrize(("world", "stage", "precision", "mixed"), RUNS)
-def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, precision, mixed):
+@pytest.mark.parametrize(("world", "stage", "precision", "mixed", "adapter_rank"), RUNS)
+def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, precision, mixed, adapter_rank):
     """Every kind of memory on every rank within 2%, and what LoFT and DeepSpeed receive."""
-    setup, found_of = setup_of(stage, precision, mixed), measured(world, stage, precision, mixed)
+    run = stage, precision, mixed, adapter_rank
+    setup, found_of = setup_of(*run), measured(world, *run)
     shapes = shapes_of(setup.model)
     bytes_each = 2 if precision == "bf16" else 4
     job = Job(setup.rank, world, stage, bytes_each, reduce_bucket=setup.reduce_bucket, persistent=setup.persistent)
@@ -67,7 +69,7 @@ def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, preci
 
 def test_arithmetic_falls_with_the_ranks(measured):
     """Two ranks do half each of what each of them does at stage 0: every layer of the model is one rank's."""
-    for whole, half in zip(measured(2, 0, "bf16", False), measured(2, 1, "bf16", False), strict=True):
+    for whole, half in zip(measured(2, 0, "bf16", False, 16), measured(2, 1, "bf16", False, 16), strict=True):
         assert half.arithmetic["optimizer"] == whole.arithmetic["optimizer"] / 2
 
 
@@ -171,7 +173,8 @@ def test_collectives_do_not_grow(world):
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    ("name", "adapter_rank", "world"), [("SmolLM2-135M", 16, 37), ("Llama-3-8B", 64, 20), ("Qwen3-30B-A3B", 8, 6)]
+    ("name", "adapter_rank", "world"),
+    [("SmolLM2-135M", 16, 37), ("SmolLM2-135M", 2, 37), ("Llama-3-8B", 64, 20), ("Qwen3-30B-A3B", 8, 6)],
 )
 def test_traffic_of_all_ranks_is_that_of_their_plans(name, adapter_rank, world, stage):
     """Kind by kind on every rank; all that is sent is received; and a plan is for the rank that receives most."""

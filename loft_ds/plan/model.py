@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..factors import Factor
+from ..factors import JOINT_RANK, Factor
 from ..kernels.tiled import WORKSPACE_BYTES
 from ..sharding.exchange import Cut, Partition, divide_rows, even_cut, members_of, plan_gather, plan_rows
 from ..sharding.sharded import BUCKET_BYTES, rounds_of
@@ -84,6 +84,11 @@ class Division:
         held = held[: len(factors)]
         owned = divide_rows(factors, held, self.world)
         self.partitions = {f: Partition(f, *cuts) for f, *cuts in zip(factors, held, owned, strict=True)}
+
+    @property
+    def turns(self) -> float:
+        """The part of a step's turns that a factor has: every second one, or all where ``turns="auto"`` is "joint"."""
+        return 1.0 if self.factors[0].rank <= JOINT_RANK else 0.5
 
     def in_one_place(self, factor: Factor) -> bool:
         here, there = self.partitions[factor].owned.whole, self.partitions[factor.partner].owned.whole
@@ -249,8 +254,7 @@ def checkpoint_bytes(division: Division, job: Job) -> int:
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a rank receives in a step, the mean of one of ``B`` and one of ``A``, once it has rows of its own: in
-    the first step the master weights come with the gradients. Pairs take turns; where ``turns`` has both factors move
-    on a step, as it has by default up to rank 4, more is gathered and written.
+    the first step the master weights come with the gradients. Factors take the turns that they have by default.
 
     Attributes:
         gradients: elements of the gradients of its rows that lie elsewhere.
@@ -283,7 +287,8 @@ class Traffic:
 
 
 def products(division: Division, needed: bool = False) -> Tensor:
-    """(N,), bytes of the Gram matrices (a triangle) and cross products of the pairs about to move, float64.
+    """(N,), bytes of the Gram matrices (a triangle) and cross products of the pairs about to move, float64; and where
+    both factors of a pair move, of the products that tell what one leaves to the other, of gradients and of steps.
 
     A piece of each comes from every other member, and the sums of all other pieces come back; what is ``needed`` are
     the sums, once on every rank that takes part.
@@ -291,9 +296,10 @@ def products(division: Division, needed: bool = False) -> Tensor:
     total = torch.zeros(division.world, dtype=torch.float64)
     for members, numbers in division.shared.items():
         if (n := len(members)) > 1:
-            # Of all numbers in r^2, half are of the side about to move; a triangle and a square is r (3 r + 1) / 2.
+            # A triangle and a square is r (3 r + 1) / 2. Of all numbers in r^2, half are of one side.
             rank = division.factors[0].rank
-            sums = DOUBLE * numbers / 2 * (3 * rank + 1) / (2 * rank)
+            squares = division.turns * (3 * rank + 1) / (2 * rank) + (2 / 2 if division.turns == 1 else 0)
+            sums = DOUBLE * numbers * squares
             total[members.start : members.stop] += sums * (1 if needed else 2 * (n - 1) / n)
     return total
 
@@ -318,8 +324,8 @@ def received(division: Division) -> dict[str, Tensor]:
         partners[owned.ranks.start : owned.ranks.stop] += width * away * (owned.edges.diff() > 0)
     return {
         "gradients": FLOAT * (division.travelling - stay).double(),
-        "updates": FLOAT * (holding - stay) / 2,  # of a side on its turn
-        "partners": FLOAT * partners / 2,
+        "updates": FLOAT * division.turns * (holding - stay).double(),
+        "partners": FLOAT * division.turns * partners.double(),
         "products": products(division),
     }
 
@@ -328,8 +334,8 @@ def traffic(division: Division, rank: int) -> Traffic:
     """What one rank receives, from the very plans that it would carry out."""
     world, parts = division.world, division.partitions
     rank = rank if world > 1 else 0  # at stage 0 each is as one alone
-    came = updates = gathered = given = collectives = 0
-    peers = 0
+    came = updates = gathered = given = peers = 0
+    collectives, turns = 0.0, division.turns
 
     def others(counts: list[int]) -> int:
         nonlocal peers
@@ -344,9 +350,9 @@ def traffic(division: Division, rank: int) -> Traffic:
             plan = plan_rows(travelling, rank, world)
             came += others(plan.receive_counts)
             updates += others(plan.send_counts)
-            collectives += 3  # in on every step, out on every second one
+            collectives += 1 + turns  # in on every step, out on its turns
         moving = [f for f in spread if f.side == side]
-        collectives += len({(f.width, rounds[f]) for f in moving})
+        collectives += turns * len({(f.width, rounds[f]) for f in moving})
         near = [f for f in moving if any(parts[g].owned.length(rank) for g in (f, f.partner))]
         for width in {f.width for f in near}:
             bucket = [f for f in near if f.width == width]
@@ -354,15 +360,16 @@ def traffic(division: Division, rank: int) -> Traffic:
             gathered += width * others(plan.receive_counts)
             given += width * others(plan.send_counts)
     sums = float(products(division)[rank])
-    collectives += (4 if spread else 0) + (4 if division.moving else 2)  # 2 of one number
+    # Of products there and back, and of one number.
+    collectives += (2 if turns < 1 else 6) * bool(spread) + (2 if division.moving else 1)
     return Traffic(
         gradients=FLOAT * came,
-        updates=FLOAT * updates / 2,
-        partners=FLOAT * gathered / 2,
+        updates=FLOAT * turns * updates,
+        partners=FLOAT * turns * gathered,
         products=sums,
         needed=float(products(division, needed=True)[rank]),
-        sent=FLOAT * (updates + came / 2 + given / 2) + sums,
-        collectives=collectives / 2,
+        sent=FLOAT * (updates + turns * (came + given)) + sums,
+        collectives=collectives,
         peers=peers,
     )
 
@@ -398,7 +405,7 @@ def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
         a_row = 2 * l * (packed + 2 * r) + 3 * r**3 + 12 * r**2
         operations.append((partition.owned, e * a_row, e * 2 * r**2 * l))
         numbers.append((partition.owned, e * (2 * packed + 10 * r), e * 3 * l * r))
-    return division.summed(operations) / 2, FLOAT * division.summed(numbers) / 2
+    return division.turns * division.summed(operations), division.turns * FLOAT * division.summed(numbers)
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,9 @@ METHODS: dict[str, Method] = {
     "LoFT, first directions from gradients": Method(
         FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
     ),
+    "LoFT, first directions from the weight": Method(
+        FULL, loft, adapter={"init_lora_weights": "pissa"}, own_clip=True, switches=LOFT_SWITCHES["LoFT"]
+    ),
     "LoFT, first directions by factor gradients": Method(
         FULL, loft, adapter={}, own_clip=True, switches=LOFT_SWITCHES["LoFT"], aimed_batches=4
     ),

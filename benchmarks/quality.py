@@ -45,7 +45,7 @@ LOFT, PUBLISHED = "LoFT", "LoFT as published"
 JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at some ranks: see LoFTAdamW's turns
 FULL = ("full", "full, adapted matrices alone")
 GRADIENT = "LoFT, first directions from gradients"
-WEIGHT = "LoFT, first directions from the weight"
+WEIGHT, ALONE = "LoFT, first directions from the weight", f"{GRADIENT}, weights left alone"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
@@ -87,7 +87,7 @@ STUDIES = {
             ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
             ((LOFT, "LoRA"), (4,)),
             ((ALTERNATE,), (2, 4)),
-            ((WEIGHT,), (1,)),
+            ((ALONE, WEIGHT), (1,)),
             ((GRADIENT,), (2, 4)),
             ((LOFT, "LoRA"), (64,)),
             (LORAS[1:], (2,)),

@@ -38,6 +38,8 @@ class Method:
         switches: keyword arguments of the optimizer.
         gradient_batches: the adapters' first directions are those of the mean gradient of so many batches (LoRA-GA,
             Wang et al. 2024, as PEFT does it).
+        weights_left_alone: what such adapters are at the start is not taken out of the frozen weights, so that they are
+            no more than adapters of their rank to a model that nobody changed; it is a step off at the start.
         aimed_batches: the same by :func:`.candidates.aim`.
     """
 
@@ -49,6 +51,7 @@ class Method:
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
+    weights_left_alone: bool = False
     aimed_batches: int = 0
 
     def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
@@ -75,6 +78,10 @@ class Method:
                 ]
                 preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
+            if self.weights_left_alone:
+                for module in trained.modules():
+                    if isinstance(module, LoraLayer):
+                        module.get_base_layer().weight.data += module.get_delta_weight("default").detach()
             if self.aimed_batches:
                 aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
         heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
@@ -196,6 +203,15 @@ METHODS: dict[str, Method] = {
     },
     "LoFT, first directions from gradients": Method(
         FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
+    ),
+    "LoFT, first directions from gradients, weights left alone": Method(
+        FULL,
+        loft,
+        adapter=GRADIENT,
+        own_clip=True,
+        switches=LOFT_SWITCHES["LoFT"],
+        gradient_batches=4,
+        weights_left_alone=True,
     ),
     "LoFT, first directions from the weight": Method(
         FULL, loft, adapter={"init_lora_weights": "pissa"}, own_clip=True, switches=LOFT_SWITCHES["LoFT"]

@@ -102,7 +102,7 @@ STUDIES = {
     "reviews": Study(
         Classification("reviews"), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))
     ),
-    "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,))), rates=3),
+    "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))),
 }
 CAPTURED_RANKS, CAPTURED_RATE = (1, 2, 4, 16, 64), 3e-4
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's

@@ -48,7 +48,7 @@ def products_in(precision: str) -> Iterator[None]:
     A run may allow itself TF32 for its forward and backward passes. A basis of short factors has long columns, which
     would carry the ten bits of TF32 into the step.
     """
-    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:

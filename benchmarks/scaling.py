@@ -51,7 +51,7 @@ from loft_ds.plan import BUILTIN, Job, shapes_of
 from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET, division_of
 from provenance import RESULTS, provenance
 
-if not torch.accelerator.is_available():
+if get_accelerator().device_name() == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a collective of CPUs: it takes a minute to compile
 
 # A Llama whose adapters are large beside it, so that what the optimizer does can be seen on two cores.
@@ -557,7 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     launched = "WORLD_SIZE" in os.environ
-    if not launched and torch.accelerator.is_available():
+    if not launched and get_accelerator().device_name() != "cpu":
         parser.error("ranks on accelerators are a launcher's: torchrun --nproc_per_node N benchmarks/scaling.py ...")
     worlds = [int(os.environ["WORLD_SIZE"])] if launched else options.worlds
     if any(options.batch % world for world in worlds):

@@ -109,7 +109,7 @@ def train(argv: list[str] | None = None) -> None:
     if parsed.deepspeed:
         settings = read_deepspeed_json(parsed.deepspeed)
         if parsed.optimizer is Optimizer.LOFT:
-            check_loft_settings(parsed.deepspeed, settings, auto_fp16=parsed.fp16)
+            check_loft_settings(parsed.deepspeed, settings, auto_fp16=parsed.fp16 or parsed.fp16_full_eval)
     documents = read_documents(parsed)
     source = parsed.model_name_or_path or str(default_model())
     try:

@@ -46,10 +46,14 @@ def products_in(precision: str) -> Iterator[None]:
     """How float32 matrix products are computed meanwhile: "ieee", or "tf32" where the hardware has it.
 
     A run may allow itself TF32 for its forward and backward passes. A basis of short factors has long columns, which
-    would carry the ten bits of TF32 into the step.
+    would carry the ten bits of TF32 into the step. (Meanwhile torch refuses to read its older switch, ``allow_tf32``,
+    of a run that has set it.)
     """
     kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
+    before = []
+    for kind in kinds:
+        allowed, kind.fp32_precision = kind.fp32_precision, "none"
+        before.append("none" if kind.fp32_precision == allowed else allowed)  # what is inherited is to stay so
     try:
         for kind in kinds:
             kind.fp32_precision = precision

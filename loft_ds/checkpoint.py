@@ -83,7 +83,7 @@ def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
     files = {name: digest for part in all_gather(written) for name, digest in part.items()}
     with together():
         if first_rank():
-            if engine is not None and (buffers := _buffers(engine.module)):
+            if buffers := _buffers(optimizer.model):
                 files["buffers.safetensors"] = write_tensors(beside / "buffers.safetensors", buffers)
             write_json(beside / "manifest.json", {**_manifest(optimizer, layout, engine), "files": files})
             replace(beside, final)
@@ -129,10 +129,10 @@ def load_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
     layout.refresh()
     for group, saved in zip(optimizer.param_groups, manifest["groups"], strict=True):
         group.update({key: tuple(v) if key == "betas" else v for key, v in saved["settings"].items()})
+    own = dict(optimizer.model.named_buffers())
+    for name, buffer in buffers.items():
+        own[name].copy_(buffer)
     if engine is not None:
-        own = dict(engine.module.named_buffers())
-        for name, buffer in buffers.items():
-            own[name].copy_(buffer)
         _restore_engine(engine, manifest["engine"])
     return folder
 

@@ -57,7 +57,8 @@ class LoFTMixin(Base):
         loft_kwargs: further arguments of :class:`LoFTAdamW`.
 
     Raises:
-        ValueError: an optimizer is passed as well; under DeepSpeed the Trainer would drop it without a word.
+        ValueError: an optimizer is passed as well (under DeepSpeed the Trainer would drop it without a word), or
+            ``save_on_each_node`` is set (a checkpoint's parts are in one folder).
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -71,6 +72,8 @@ class LoFTMixin(Base):
         super().__init__(*args, **kwargs)
         if use_loft and self.optimizer is not None:
             raise ValueError("LoFTTrainer builds LoFTAdamW by itself: pass loft_kwargs={...}, not optimizers=(...)")
+        if use_loft and self.args.save_on_each_node:
+            raise ValueError("LoFT saves into one folder that all ranks see: leave save_on_each_node out")
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Build LoFTAdamW from the TrainingArguments, in the Trainer's two groups of parameters."""
@@ -125,17 +128,10 @@ class LoFTMixin(Base):
         """The last checkpoint in the output folder that was written to its end, as the first rank sees it; None where
         there is none. A collective.
         """
-        folders = [c for c in Path(self.args.output_dir).glob("checkpoint-*") if self._is_whole(c)]
+        folders = [c for c in Path(self.args.output_dir).glob("checkpoint-*") if _is_whole(c)]
         last = max(folders, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
         found: str | None = all_gather(last and str(last))[0]
         return found
-
-    def _is_whole(self, folder: Path) -> bool:
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last, and not aside
-        except (OSError, ValueError):
-            return False
-        return not self.use_loft or last_tag(folder) is not None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with naming(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
@@ -153,16 +149,22 @@ class LoFTMixin(Base):
         if resume_from_checkpoint is None or not self.use_loft:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
+        in_json = isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
+        if last_tag(resume_from_checkpoint) is not None and schedule.is_file() == in_json:
+            saved, now = ("the Trainer", "the DeepSpeed JSON") if in_json else ("the DeepSpeed JSON", "the Trainer")
+            raise CheckpointError(f"{resume_from_checkpoint}: its schedule is one of {saved}, this run's of {now}")
         load_checkpoint(self._trained, resume_from_checkpoint)
-        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
-        self._load_scaler(resume_from_checkpoint)
+        if not in_json:
+            self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+        if self.accelerator.scaler is not None:  # of float16 without DeepSpeed
+            self._load_scaler(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self) -> None:
-        if self.use_loft and self.is_deepspeed_enabled:
-            load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
+        # State and weights together: bases are those of the weights.
+        if self.use_loft and not self.args.save_only_model:
+            load_checkpoint(self._trained, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
@@ -177,6 +179,15 @@ class LoFTMixin(Base):
             self._save(output_dir or self.args.output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end, LoFT's or not: one that is not LoFT's is then refused by name."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last, and not aside
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class SaveOnSIGTERM(TrainerCallback):

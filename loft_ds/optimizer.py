@@ -453,6 +453,8 @@ class LoFTAdamW(Optimizer):
         def stacked(batch: Batch) -> Tensor:
             return torch.stack(each_pair(parts[f] for f in batch.factors))
 
+        if not following:  # on any rank: the sums below are collectives
+            return
         concerned = batches([f for f in following if layout.concerns(f)], rows, self.state)
         products: dict[Factor, Tensor] = {}
         for batch in concerned:

@@ -339,15 +339,23 @@ def test_damage_is_an_error_on_every_rank(ranks, tmp_path):
         assert "rank-00001-of-00002.safetensors: is damaged" in said
 
 
-def running_statistics(rank, world, folder, load):
-    """A saved module with buffers of its own: its running mean after training and saving, or after loading."""
-    import deepspeed
+def normalised():
+    """A model with a saved module that has buffers of its own, and the name of one of them."""
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    (name,) = (name for name, _ in model.named_buffers() if name.endswith("modules_to_save.default.running_mean"))
+    return model, name
+
+
+def running_statistics(rank, world, folder, load):
+    """The running mean of a saved module after training and saving, or after loading."""
+    import deepspeed
+
+    model, name = normalised()
     config = {
         "train_micro_batch_size_per_gpu": 12,
         "zero_allow_untested_optimizer": True,
@@ -365,9 +373,21 @@ def running_statistics(rank, world, folder, load):
             engine.backward(engine(batch(step)[0]).square().mean())
             engine.step()
         loft_ds.save_checkpoint(engine, folder)
-    (mean,) = (b.clone() for name, b in model.named_buffers() if name.endswith("modules_to_save.default.running_mean"))
+    mean = model.get_buffer(name).clone()
     engine.destroy()
     return mean, said
+
+
+def test_buffers_come_back_in_plain_torch(tmp_path):
+    model, name = normalised()
+    optimizer = LoFTAdamW(model)
+    model(batch(0)[0]).square().mean().backward()
+    optimizer.step()
+    loft_ds.save_checkpoint(optimizer, tmp_path)
+    resumed, _ = normalised()
+    assert not resumed.get_buffer(name).any()
+    loft_ds.load_checkpoint(LoFTAdamW(resumed), tmp_path)
+    assert torch.equal(resumed.get_buffer(name), model.get_buffer(name))
 
 
 def test_buffers_come_back_or_their_damage_is_named(ranks, tmp_path):

@@ -346,3 +346,17 @@ def test_a_step_ignores_tf32(monkeypatch):
         optimizer.step()
         assert matmul.fp32_precision == "tf32"
     assert set(seen) == {"ieee"}
+
+
+def test_inherited_precision_stays_inherited():
+    matmul = torch.backends.cuda.matmul
+    with algebra.products_in("none"):
+        before, torch.backends.fp32_precision = torch.backends.fp32_precision, "tf32"
+        try:
+            with algebra.products_in("ieee"):
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "tf32"
+            torch.backends.fp32_precision = "ieee"
+            assert matmul.fp32_precision == "ieee"
+        finally:
+            torch.backends.fp32_precision = before

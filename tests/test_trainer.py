@@ -157,7 +157,7 @@ def test_a_trainer_that_drops_loft_is_found_out(ranks, tmp_path):
     assert "optimizers=(LoFTAdamW, ...)) is ignored under DeepSpeed" in said
 
 
-def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, every=2, bf16=False):
+def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, every=2, bf16=False, more=None):
     """A Trainer that saves every so many steps; with ``resume`` it goes on from the last whole checkpoint.
 
     Under a stage of DeepSpeed, or in plain torch where it is None.
@@ -171,6 +171,7 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, eve
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": "auto"},
+        **(more or {}),
     }
     kwargs = {"save_strategy": "steps", "save_steps": every, "max_steps": steps, "bf16": bf16}
     if stage is not None:
@@ -204,7 +205,7 @@ def test_ordinary_resume_is_bitwise(ranks, stage, bf16, first, tmp_path):
     assert rest == norms  # the log before the interruption comes back with the Trainer's state
 
 
-@pytest.mark.parametrize(("saved", "stage"), [(3, 2), (2, None), (None, 2)])
+@pytest.mark.parametrize(("saved", "stage"), [(3, 2), (2, None), (None, 2), (None, None)])
 def test_ordinary_resume_on_other_ranks_and_stage(ranks, saved, stage, tmp_path):
     """Also from DeepSpeed to plain torch (None) and back, with moments and schedule, or the norms would differ."""
     whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None)[0]
@@ -215,18 +216,34 @@ def test_ordinary_resume_on_other_ranks_and_stage(ranks, saved, stage, tmp_path)
         assert relative(resumed[name], whole[name]) < 1e-5, name  # the same
 
 
-def test_a_checkpoint_without_lofts_state_is_refused(ranks, tmp_path):
-    """The Trainer passes over an optimizer's state that is not there, and would go on with empty moments."""
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_without_lofts_state_is_refused(ranks, named, tmp_path):
+    """The Trainer passes over an optimizer's state that is not there, and would go on with empty moments. Nor may a job
+    begin anew because its last checkpoint is of another kind."""
     ranks(1)(interrupted, None, tmp_path, None, steps=4)
     folder = tmp_path / "checkpoint-4"
     (folder / "latest").unlink()
-    with pytest.raises(RuntimeError, match="holds no whole checkpoint"):
-        ranks(1)(interrupted, None, tmp_path, str(folder))
+    with pytest.raises(RuntimeError, match="checkpoint-4 holds no whole checkpoint"):
+        ranks(1)(interrupted, None, tmp_path, str(folder) if named else True)
 
 
-def test_best_model_at_end(ranks, tmp_path):
+def test_another_kind_of_schedule_is_refused(ranks, tmp_path):
+    """One in the DeepSpeed JSON would begin anew where the Trainer's was saved."""
+    ranks(1)(interrupted, None, tmp_path, None, steps=4)
+    warm_up = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}
+    with pytest.raises(RuntimeError, match=r"its schedule is one of the Trainer, this run's of the DeepSpeed JSON"):
+        ranks(1)(interrupted, 2, tmp_path, True, more=warm_up)
+
+
+def test_folders_of_each_node_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave save_on_each_node out"):
+        LoFTTrainer(model=Regression(), args=arguments(tmp_path, save_on_each_node=True))
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_best_model_at_end(ranks, stage, tmp_path):
     """What is loaded at the end is the best checkpoint's weights, in master weights and model alike."""
-    params, _, best, _ = ranks(1)(interrupted, 2, tmp_path, None, best=True)[0]
+    params, _, best, _ = ranks(1)(interrupted, stage, tmp_path, None, best=True)[0]
     from safetensors.torch import load_file
 
     saved = load_file(next((Path(best) / f"global_step{STEPS}").glob("rank-*")))

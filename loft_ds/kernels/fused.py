@@ -54,8 +54,9 @@ def _packed_of(table, pair, stored: tl.constexpr, aligned: tl.constexpr):  # typ
 
 
 def _alike(configs: list[Any], *_: Any, **__: Any) -> list[Any]:
-    """The choices that round alike: a Hopper's warp groups multiply 64 rows and more, and fewer by another unit."""
-    return [c for c in configs if c.kwargs["ROWS"] >= 64 or torch.cuda.get_device_capability() < (9, 0)]
+    """The choices that round alike: from a Hopper on one unit multiplies 64 rows and more, and another one fewer."""
+    one_unit = torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0)
+    return [c for c in configs if c.kwargs["ROWS"] >= 64 or one_unit]
 
 
 @triton.autotune(_CONFIGS, key=["RANK", "stored"], prune_configs_by={"early_config_prune": _alike})

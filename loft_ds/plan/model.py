@@ -221,16 +221,17 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     """Bytes of what comes and goes within a step, the largest of any rank; an estimate from the code, not measured.
 
     Of the optimizer: rows and gradients of both sides in float32, what an exchange of one side holds at once, the
-    gathered partners, the step of the moving side, the kernels' workspace. At stage 3 the whole weights of two decoder
+    gathered partners, the step of what moves, the kernels' workspace. At stage 3 the whole weights of two decoder
     layers, the largest embedding and the prefetch bucket; at stages 1 and 2 the bucket that gradients are reduced in.
     Activations with checkpointing: the hidden state of every decoder layer, one layer anew (34 bytes a token and
     feature: Korthikanti et al. 2022, without the attention matrix), and the logits with their gradient in float32.
     """
     owned = division.elements.max().item()
     held = division.size
-    gathered = 0 if job.stage == 0 else min(2 * BUCKET_BYTES, FLOAT * sum(division.sizes) // 2)
+    turns = division.turns
+    gathered = 0 if job.stage == 0 else min(4 * turns * BUCKET_BYTES, FLOAT * turns * sum(division.sizes))
     carried = FLOAT * 5 * held if division.moving else 0
-    optimizer = FLOAT * (held + 3.5 * owned) + carried + 3 * gathered + WORKSPACE_BYTES
+    optimizer = FLOAT * (held + (3 + turns) * owned) + carried + 3 * gathered + WORKSPACE_BYTES
     if job.stage == 3:
         body = shapes.adapted / shapes.depth
         weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)
@@ -260,7 +261,7 @@ class Traffic:
         gradients: elements of the gradients of its rows that lie elsewhere.
         updates: new values of elements that it holds and another rank owns.
         partners: the other factors' rows.
-        products: Gram matrices, there and back.
+        products: of (r, r) matrices, there and back: see :func:`products`.
         needed: the part of the products that the sums themselves are.
         sent: all that the rank sends.
         collectives: how many of LoFT's own.
@@ -344,6 +345,9 @@ def traffic(division: Division, rank: int) -> Traffic:
 
     rounds = rounds_of(division.factors)
     spread = [f for f in division.factors if not division.in_one_place(f)]
+    # Both factors of a pair that move together share a round of exchanges.
+    gathers = [spread] if turns == 1 else [[f for f in spread if f.side == side] for side in "AB"]
+    collectives += turns * sum(len({(f.width, rounds[f]) for f in moving}) for moving in gathers)
     for side in "AB":
         travelling = [p for p in division.moving if p.factor.side == side]
         if travelling:
@@ -352,7 +356,6 @@ def traffic(division: Division, rank: int) -> Traffic:
             updates += others(plan.send_counts)
             collectives += 1 + turns  # in on every step, out on its turns
         moving = [f for f in spread if f.side == side]
-        collectives += turns * len({(f.width, rounds[f]) for f in moving})
         near = [f for f in moving if any(parts[g].owned.length(rank) for g in (f, f.partner))]
         for width in {f.width for f in near}:
             bucket = [f for f in near if f.width == width]

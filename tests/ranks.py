@@ -76,6 +76,7 @@ def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.C
     import torch
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # Without it DeepSpeed compiles a shared-memory collective for a minute and more.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -102,3 +103,4 @@ def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.C
             pipe.send((None, function(rank, world, *args, **kwargs)))
         except BaseException:  # the parent raises it
             pipe.send((traceback.format_exc(), None))
+        unset_hf_deepspeed_config()  # a Trainer's stage 3 would shard what the next test builds

@@ -64,7 +64,7 @@ def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, preci
         expected = traffic(division, rank)
         assert expected.total == pytest.approx(exchanged, rel=0.02)
         if stage:  # alone it asks nobody; two all-reduces of one number are among the others
-            assert found.calls["alltoall_base_"] == expected.collectives - (2 if division.moving else 1)
+            assert found.calls.get("alltoall_base_", 0) == expected.collectives - (2 if division.moving else 1)
         # Besides LoFT's norm and DeepSpeed's overflow flags, of some bytes, the rest is DeepSpeed's.
         rest = sum(found.received.values()) - exchanged
         assert sum(deepspeed_traffic(shapes, job).values()) == pytest.approx(rest, rel=0.02, abs=64)

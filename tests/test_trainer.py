@@ -230,7 +230,7 @@ def test_a_checkpoint_without_lofts_state_is_refused(ranks, named, tmp_path):
 def test_another_kind_of_schedule_is_refused(ranks, tmp_path):
     """One in the DeepSpeed JSON would begin anew where the Trainer's was saved."""
     ranks(1)(interrupted, None, tmp_path, None, steps=4)
-    warm_up = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}
+    warm_up = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     with pytest.raises(RuntimeError, match=r"its schedule is one of the Trainer, this run's of the DeepSpeed JSON"):
         ranks(1)(interrupted, 2, tmp_path, True, more=warm_up)
 

@@ -37,7 +37,7 @@ import peft
 import torch
 from torch import nn
 
-from loft_ds import LoFTAdamW
+from loft_ds import LoFTAdamW, kernels
 from loft_ds.algebra import products_in
 from loft_ds.factors import JOINT_RANK
 from provenance import commit_of, provenance
@@ -203,8 +203,9 @@ def measure_cell(
         steps[method]()
         results[method] = {"extra_bytes": extra_bytes(steps[method], device), "samples": []}
 
-    # The kernels' float32 products are three TF32 ones where there are tensor cores: no slower way is a floor.
-    passes = 3 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else 1
+    # The kernels' float32 products are three TF32 ones where they use tensor cores: no slower way is a floor.
+    fused = kernels._fused() if device.type == "cuda" else None
+    passes = 3 if fused is not None and fused._precision(device) == "tf32x3" else 1
     left, right = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.ones(COPY_SIZE, device=device)

@@ -46,6 +46,7 @@ JOINT, ALTERNATE = "LoFT, joint", "LoFT, alternate"  # each is the default at so
 FULL = ("full", "full, adapted matrices alone")
 GRADIENT = "LoFT, first directions from gradients"
 WEIGHT, ALONE = "LoFT, first directions from the weight", f"{GRADIENT}, weights left alone"
+LONGER = f"{GRADIENT}, of length 0.2"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
@@ -89,6 +90,7 @@ STUDIES = {
             ((ALTERNATE,), (2, 4)),
             ((ALONE, WEIGHT), (1,)),
             ((GRADIENT,), (2, 4)),
+            ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
             (LORAS[1:], (2,)),
             ((*ABLATIONS, AIMED), (2,)),
@@ -141,7 +143,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
             return
         change = changes(model, before)
         compared[str(step)] = compare(change, references[str(step)])
-        if run.method == GRADIENT and run.rank is not None:
+        if run.method in (GRADIENT, LONGER) and run.rank is not None:
             # It starts from adapters that are taken out of the frozen weight, so its change may have rank 2 r.
             beyond["beyond_its_rank"] = compare(best_of_rank(change, run.rank), change)["distance"]
 

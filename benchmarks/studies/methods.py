@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
@@ -40,6 +41,7 @@ class Method:
             Wang et al. 2024, as PEFT does it).
         weights_left_alone: what such adapters are at the start is not taken out of the frozen weights, so that they are
             no more than adapters of their rank to a model that nobody changed; it is a step off at the start.
+        start_length: the length (Frobenius) to which such a start is brought, ``|s B0 A0|``, in every layer.
         aimed_batches: the same by :func:`.candidates.aim`.
     """
 
@@ -52,6 +54,7 @@ class Method:
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
     weights_left_alone: bool = False
+    start_length: float | None = None
     aimed_batches: int = 0
 
     def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
@@ -78,14 +81,23 @@ class Method:
                 ]
                 preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
-            if self.weights_left_alone:
-                for module in trained.modules():
-                    if isinstance(module, LoraLayer):
-                        module.get_base_layer().weight.data += module.get_delta_weight("default").detach()
+            for module in trained.modules():
+                if isinstance(module, LoraLayer):
+                    self._place_start(module)
             if self.aimed_batches:
                 aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
         heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
         return Prepared(trained, self.build(trained, heads, lr, rank, **self.switches), self.own_clip)
+
+    @torch.no_grad()
+    def _place_start(self, layer: LoraLayer) -> None:
+        weight = layer.get_base_layer().weight
+        start = layer.get_delta_weight("default")
+        if self.start_length is not None:
+            layer.lora_B["default"].weight.mul_(self.start_length / float(start.norm()))
+            weight += start - layer.get_delta_weight("default")
+        if self.weights_left_alone:
+            weight += layer.get_delta_weight("default")
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,15 @@ METHODS: dict[str, Method] = {
         switches=LOFT_SWITCHES["LoFT"],
         gradient_batches=4,
         weights_left_alone=True,
+    ),
+    "LoFT, first directions from gradients, of length 0.2": Method(
+        FULL,
+        loft,
+        adapter=GRADIENT,
+        own_clip=True,
+        switches=LOFT_SWITCHES["LoFT"],
+        gradient_batches=4,
+        start_length=0.2,
     ),
     "LoFT, first directions from the weight": Method(
         FULL, loft, adapter={"init_lora_weights": "pissa"}, own_clip=True, switches=LOFT_SWITCHES["LoFT"]

@@ -11,7 +11,9 @@ from torch import nn
 import quality
 from studies.candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from studies.captured import shares
+from studies.methods import METHODS
 from studies.page import write_page
+from studies.tasks import Factorisation
 from studies.training import best_of_rank, compare
 
 
@@ -107,6 +109,27 @@ def test_aiming_finds_the_gradients_directions():
     assert not b.any()
     assert torch.equal(layer.get_base_layer().weight, weight)
     assert shares(gradient, a, b)["B"] == pytest.approx(1, abs=1e-5)  # float32
+
+
+def test_a_start_from_gradients_is_placed_as_it_says():
+    task = Factorisation(m=12, n=9, rank=2)
+    starts = {}
+    for method in (quality.GRADIENT, quality.LONGER, quality.ALONE):
+        model = task.model(0)
+        weight = model[0].weight.detach().clone()
+        prepared = METHODS[method].prepare(task, model, rank=2, lr=1e-3, seed=0)
+        (layer,) = (module for module in prepared.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
+        adapter = layer.get_delta_weight("default").detach()
+        starts[method] = adapter, layer.get_base_layer().weight.detach() - weight
+    # float32 throughout
+    for method in (quality.GRADIENT, quality.LONGER):
+        adapter, moved = starts[method]
+        torch.testing.assert_close(moved, -adapter)
+    assert float(starts[quality.LONGER][0].norm()) == pytest.approx(0.2, rel=1e-5)
+    assert float(starts[quality.GRADIENT][0].norm()) != pytest.approx(0.2, rel=0.1)
+    adapter, moved = starts[quality.ALONE]
+    assert adapter.any()
+    torch.testing.assert_close(moved, torch.zeros_like(moved))
 
 
 def candidate_steps(kind, steps, lr=0.1):

@@ -106,7 +106,8 @@ STUDIES = {
     ),
     "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))),
 }
-CAPTURED_RANKS, CAPTURED_RATE = (1, 2, 4, 16, 64), 3e-4
+CAPTURED = (*((LOFT, rank) for rank in (1, 2, 4, 16, 64)), (AIMED, 1), (LONGER, 1))
+CAPTURED_RATE = 3e-4
 SNAPSHOTS = (0.1, 0.3, 1.0)  # of the training, when the weights are compared with the reference's
 
 
@@ -197,14 +198,14 @@ def run_study(study: Study, file: Path, workers: int) -> None:
 
 
 def run_captured(task: Task, file: Path) -> None:
-    """The part of the full gradient that LoFT can follow, one training a rank, appended as each ends."""
+    """The part of the full gradient that LoFT can follow, by rank and start, appended as each training ends."""
     _quiet(1)
     facts = provenance()
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = {record["rank"] for record in records(file)}
-    for rank in CAPTURED_RANKS:
-        if rank not in done:
-            lines = captured(Run(task.name, LOFT, rank, CAPTURED_RATE, 0, task.steps), task)
+    done = {(record["method"], record["rank"]) for record in records(file)}
+    for method, rank in CAPTURED:
+        if (method, rank) not in done:
+            lines = captured(Run(task.name, method, rank, CAPTURED_RATE, 0, task.steps), task)
             with file.open("a") as out:
                 out.writelines(json.dumps({**line, **facts}) + "\n" for line in lines)
 

@@ -83,13 +83,19 @@ def test_shares_of_a_gradient():
 
 def test_what_is_captured(tmp_path, monkeypatch):
     task = quality.quick(quality.STUDIES["classification"]).task
-    monkeypatch.setattr(quality, "CAPTURED_RANKS", (2,))
-    quality.run_captured(task, tmp_path / "quality" / "captured.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "quality" / "captured.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in lines} == {0, 1}
+    file = tmp_path / "quality" / "captured.jsonl"
+    monkeypatch.setattr(quality, "CAPTURED", ((quality.LOFT, 2),))
+    quality.run_captured(task, file)
+    monkeypatch.setattr(quality, "CAPTURED", ((quality.LOFT, 2), (quality.LONGER, 2)))
+    quality.run_captured(task, file)  # goes on with what is missing
+    lines = quality.records(file)
+    assert [(line["method"], line["step"]) for line in lines[:: len(lines) // 4]] == [
+        (method, step) for method in (quality.LOFT, quality.LONGER) for step in (0, 1)
+    ]
     for line in lines:
         share = line["share"]
-        assert (share["A"] == 0) == (line["step"] == 0), "B is zero at the start, and not after a step"
+        at_zero = line["method"] == quality.LOFT and line["step"] == 0
+        assert (share["A"] == 0) == at_zero, "B is zero at PEFT's start, and not after a step"
         assert 0 < share["B"] <= share["both"] <= 1
         assert share["B"] <= share["best B"] <= 1
     write_page(tmp_path / "quality", {})

@@ -54,20 +54,20 @@ def _captured(frame: pandas.DataFrame) -> Iterator[str]:
     frame = pandas.concat([frame.drop(columns="share"), shares], axis=1)
     frame["shape"] = ["({}, {})".format(*shape) for shape in frame["shape"]]
     yield (
-        f"The part of the full gradient's squared norm that lies in reach of the factors of {one['method']} at "
+        f"The part of the full gradient's squared norm that lies in reach of LoFT's factors at "
         f"{one['lr']:g}, on the batch of the next step, the mean over the matrices of a shape, and in the first table "
         f"over shapes, after 0 to {one['steps']} steps of "
         f"{one['task']}, seed {one['seed']}: of `B` alone, of `A` alone, of both (what LoFT follows jointly); and what "
-        f"the best `A` of that rank would let `B` reach. {one['device']}; {frame['date'].max()}; commit "
-        f"{one['commit'][:12]}. Command: `{one['command']}`."
+        f"the best `A` of that rank would let `B` reach. {one['device']}; {frame['date'].max()}; commits "
+        f"{', '.join(sorted({commit[:12] for commit in frame['commit']}))}. Command: `{one['command']}`."
     )
-    reach = frame.melt(["rank", "step", "shape"], list(shares.columns), "reach", "share")
+    reach = frame.melt(["method", "rank", "step", "shape"], list(shares.columns), "reach", "share")
     for title, index, part in (
-        ("of", ["rank", "reach"], reach),
-        ("both, in", ["rank", "shape"], reach[reach["reach"] == "both"]),
+        ("of", ["method", "rank", "reach"], reach),
+        ("both, in", ["method", "rank", "shape"], reach[reach["reach"] == "both"]),
     ):
         table = part.pivot_table("share", index, "step", sort=False)
-        table.index.names = ["rank", title]
+        table.index.names = ["method", "rank", title]
         table.columns = [f"step {step}" for step in table.columns]
         yield from ("", str(table.reset_index().to_markdown(index=False, floatfmt=".3f")), "")
 

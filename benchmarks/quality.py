@@ -50,6 +50,7 @@ LONGER = f"{GRADIENT}, of length 0.2"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
+SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, no warm-up", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 
@@ -76,7 +77,7 @@ class Study:
 STUDIES = {
     "factorisation": Study(
         Factorisation(),
-        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:]), (8,))),
+        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:], *SETTINGS), (8,))),
     ),
     "classification": Study(
         Classification("r8"),
@@ -93,6 +94,7 @@ STUDIES = {
             ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
             (LORAS[1:], (2,)),
+            (SETTINGS, (2,)),
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),
         ),

@@ -34,6 +34,7 @@ class Method:
         build: the optimizer of the model and of the names of its head's parameters.
         alpha_over_rank: PEFT's alpha, which LoFT does not depend on.
         own_clip: the optimizer clips by its own norm; else the gradients' norm is clipped for it.
+        warm_up: part of all steps in which the learning rate rises to its full height; then it falls linearly to zero.
         matrices_only: without adapters, train only the matrices that adapters would stand for, and the head: the
             fair upper bound.
         switches: keyword arguments of the optimizer.
@@ -50,6 +51,7 @@ class Method:
     adapter: dict[str, Any] | None = None
     alpha_over_rank: float = 2.0
     own_clip: bool = False
+    warm_up: float = 0.1
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
@@ -140,7 +142,7 @@ def loft(
     **switches: Any,
 ) -> list[Optimizer]:
     """LoFT, with the paper's blocks switched, or a candidate to take its place."""
-    return [kind(model, params=_groups(model, heads, lr), max_grad_norm=CLIP, **switches)]
+    return [kind(model, params=_groups(model, heads, lr), **{"max_grad_norm": CLIP, **switches})]
 
 
 def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
@@ -181,6 +183,8 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT simple": {"second_moment": "elementwise"},
     "LoFT, trust region": {"kind": TrustRegionLoFT},
     "LoFT, second moment warmed up": {"kind": LateLoFT},
+    "LoFT, eps 1e-6": {"eps": 1e-6},
+    "LoFT, no clipping": {"max_grad_norm": None},
 }
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
@@ -213,6 +217,8 @@ METHODS: dict[str, Method] = {
         name: Method(FULL, loft, adapter={}, own_clip=True, switches=switches)
         for name, switches in LOFT_SWITCHES.items()
     },
+    "LoFT, no warm-up": Method(FULL, loft, adapter={}, own_clip=True, warm_up=0.0),
+    "LoFT, warm-up of 30%": Method(FULL, loft, adapter={}, own_clip=True, warm_up=0.3),
     "LoFT, first directions from gradients": Method(
         FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
     ),

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from .methods import CLIP, METHODS, adapted_matrices
 from .tasks import Task
 
-WARM_UP = 0.1  # of all steps; then a linear decay to zero
 FORWARD_LIMIT = 1e3  # a loss beyond it: the training has diverged
 
 
@@ -50,8 +49,9 @@ def train(run: Run, task: Task, watch: Watch | None = None) -> dict[str, Any]:
     matrices = adapted_matrices(model, task.targets, task.head)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in set(matrices)}
     torch.manual_seed(run.seed)
-    prepared = METHODS[run.method].prepare(task, model, run.rank or 0, run.lr, run.seed)
-    warm_up = max(1, round(WARM_UP * run.steps))
+    method = METHODS[run.method]
+    prepared = method.prepare(task, model, run.rank or 0, run.lr, run.seed)
+    warm_up = max(1, round(method.warm_up * run.steps))
 
     def factor(step: int) -> float:
         return min((step + 1) / warm_up, 1 - max(0, step - warm_up) / (run.steps - warm_up))

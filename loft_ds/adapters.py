@@ -68,6 +68,16 @@ def adapters_of(layer: BaseTunerLayer) -> Iterator[str]:
     yield from seen
 
 
+def started_from_gradients(model: nn.Module) -> list[str]:
+    """The adapters whose start ``B0 A0`` LoRA-GA took out of the frozen weights.
+
+    Saved, they are no adapters of the model on disk. (PiSSA and OLoRA change the frozen weights too, but need nothing
+    else for it: PEFT changes them again when it loads the adapter.)
+    """
+    configs = getattr(model, "peft_config", {})
+    return [name for name, config in configs.items() if getattr(config, "init_lora_weights", None) == "lora_ga"]
+
+
 def find_trainable(model: nn.Module) -> Trainable:
     """Sort a PEFT model's trainable parameters into factor pairs and others.
 

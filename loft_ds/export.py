@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapters import adapters_of, parameters_of
+from .adapters import adapters_of, parameters_of, started_from_gradients
 from .checkpoint import attached
 from .durable import first_rank, together
 
@@ -30,9 +30,17 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
         directory: where ``PeftModel.from_pretrained`` will read it.
         merge: write the whole model with the adapter merged into ``directory/merged`` as well. The first rank then
             loads the base model from where the adapter's config says it came from, on the CPU.
+
+    Raises:
+        ValueError: ``merge`` of an adapter that started from LoRA-GA: it belongs to weights that are not on disk.
     """
     optimizer, _, engine = attached(target)
     model = cast(PeftModel, optimizer.model if engine is None else engine.module)
+    if merge and (started := started_from_gradients(model)):
+        raise ValueError(
+            f"merge=True would merge {', '.join(started)} into the model on disk, from whose weights LoRA-GA took its "
+            "start out. Merge the model in memory: model.merge_and_unload()."
+        )
     state = adapter_state_dict(model, engine)
     with together():
         if first_rank():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra, kernels
-from .adapters import find_trainable
+from .adapters import find_trainable, started_from_gradients
 from .batch import Batch, batches, each_pair, own_copies
 from .factors import JOINT_RANK, Factor, shape_of
 from .sharding import Layout, Rows, Share, Slice, Whole, compute_dtype
@@ -147,6 +147,13 @@ class LoFTAdamW(Optimizer):
             rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
             warnings.warn(
                 f"LoFT does not treat these adapter parameters, AdamW moves them: {', '.join(listed[:8])}{rest}",
+                stacklevel=2,
+            )
+        if started := started_from_gradients(model):
+            warnings.warn(
+                f"LoRA-GA took the start of {', '.join(started)} out of the frozen weights, so what is saved of it is "
+                "no adapter of the model on disk. Keep the start as well (model.save_pretrained(START) before training): "
+                "PEFT's path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
                 stacklevel=2,
             )
 

@@ -551,3 +551,38 @@ def test_merged_on_request(ranks, tmp_path, stage):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     # Merging adds the product to the weight before the input instead of after it: a few float32 ulps of the logits.
     assert torch.allclose(merged(ids).logits, logits, atol=1e-5)
+
+
+def test_a_start_from_gradients_belongs_to_other_weights(tmp_path):
+    """LoRA-GA's adapter is none of the model on disk: said at once, merging refused, and PEFT's way out works."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+
+    def base():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5))
+
+    x, y = torch.randn(12, 7), torch.randn(12, 5)
+    model = base()
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    preprocess_loraga(model, config, lambda: (model(x) - y).square().mean().backward())
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "start")
+    with pytest.warns(UserWarning, match="LoRA-GA took the start of default out of the frozen weights"):
+        optimizer = LoFTAdamW(model, lr=1e-2)
+    for _ in range(3):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(ValueError, match="merge=True"):
+        loft_ds.export_adapter(optimizer, tmp_path / "refused", merge=True)
+    assert not (tmp_path / "refused").exists()
+    loft_ds.export_adapter(optimizer, tmp_path / "adapter")
+    trained = model(x).detach()
+    as_saved = PeftModel.from_pretrained(base(), tmp_path / "adapter")(x)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    converted = PeftModel.from_pretrained(base(), tmp_path / "converted")
+    assert converted.peft_config["default"].r == 4
+    # The same sums in another order: a few float32 ulps.
+    assert torch.allclose(converted(x), trained, atol=1e-5)
+    assert not torch.allclose(as_saved, trained, atol=1e-3)

@@ -152,7 +152,7 @@ class LoFTAdamW(Optimizer):
         if started := started_from_gradients(model):
             warnings.warn(
                 f"LoRA-GA took the start of {', '.join(started)} out of the frozen weights, so what is saved of it is "
-                "no adapter of the model on disk. Keep the start as well (model.save_pretrained(START) before training): "
+                "no adapter of the model on disk. Keep the start too (model.save_pretrained(START) before training): "
                 "PEFT's path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
                 stacklevel=2,
             )

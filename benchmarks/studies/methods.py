@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,6 +186,8 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT, eps 1e-6": {"eps": 1e-6},
     "LoFT, no clipping": {"max_grad_norm": None},
 }
+LOFT = Method(FULL, loft, adapter={}, own_clip=True)
+FROM_GRADIENTS = replace(LOFT, adapter=GRADIENT, gradient_batches=4)
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),
@@ -213,37 +215,12 @@ METHODS: dict[str, Method] = {
         peft_optimizer(lambda model, lr, rank: create_riemannian_optimizer(model, AdamW, lr=lr, weight_decay=0.0)),
         adapter={},
     ),
-    **{
-        name: Method(FULL, loft, adapter={}, own_clip=True, switches=switches)
-        for name, switches in LOFT_SWITCHES.items()
-    },
-    "LoFT, no warm-up": Method(FULL, loft, adapter={}, own_clip=True, warm_up=0.0),
-    "LoFT, warm-up of 30%": Method(FULL, loft, adapter={}, own_clip=True, warm_up=0.3),
-    "LoFT, first directions from gradients": Method(
-        FULL, loft, adapter=GRADIENT, own_clip=True, switches=LOFT_SWITCHES["LoFT"], gradient_batches=4
-    ),
-    "LoFT, first directions from gradients, weights left alone": Method(
-        FULL,
-        loft,
-        adapter=GRADIENT,
-        own_clip=True,
-        switches=LOFT_SWITCHES["LoFT"],
-        gradient_batches=4,
-        weights_left_alone=True,
-    ),
-    "LoFT, first directions from gradients, of length 0.2": Method(
-        FULL,
-        loft,
-        adapter=GRADIENT,
-        own_clip=True,
-        switches=LOFT_SWITCHES["LoFT"],
-        gradient_batches=4,
-        start_length=0.2,
-    ),
-    "LoFT, first directions from the weight": Method(
-        FULL, loft, adapter={"init_lora_weights": "pissa"}, own_clip=True, switches=LOFT_SWITCHES["LoFT"]
-    ),
-    "LoFT, first directions by factor gradients": Method(
-        FULL, loft, adapter={}, own_clip=True, switches=LOFT_SWITCHES["LoFT"], aimed_batches=4
-    ),
+    **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
+    "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
+    "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
+    "LoFT, first directions from gradients": FROM_GRADIENTS,
+    "LoFT, first directions from gradients, weights left alone": replace(FROM_GRADIENTS, weights_left_alone=True),
+    "LoFT, first directions from gradients, of length 0.2": replace(FROM_GRADIENTS, start_length=0.2),
+    "LoFT, first directions from the weight": replace(LOFT, adapter={"init_lora_weights": "pissa"}),
+    "LoFT, first directions by factor gradients": replace(LOFT, aimed_batches=4),
 }

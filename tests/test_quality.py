@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -136,6 +137,20 @@ def test_a_start_from_gradients_is_placed_as_it_says():
     adapter, moved = starts[quality.ALONE]
     assert adapter.any()
     torch.testing.assert_close(moved, torch.zeros_like(moved))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].adapter is not None])
+def test_no_parameter_is_trained_twice(method):
+    """PEFT's LoRA-FA takes the head along, which then moved at two rates."""
+    layers = [("body", nn.Linear(7, 9)), ("classifier", nn.Linear(9, 5))]
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(nn.Sequential(OrderedDict(layers)), config)
+    heads = [p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad]
+    optimizers = METHODS[method].build(model, heads, 1e-3, 2, **METHODS[method].switches)
+    moved = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(moved) == len({id(p) for p in moved})
+    assert {id(p) for p in moved if p.requires_grad} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(heads) == 2
 
 
 def candidate_steps(kind, steps, lr=0.1):

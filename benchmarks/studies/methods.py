@@ -164,6 +164,15 @@ def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optim
     return build
 
 
+def lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    """PEFT's LoRA-FA of the adapters alone: it takes every parameter of the model that ever has a gradient."""
+    optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=lr)
+    (group,) = optimizer.param_groups
+    kept = [index for index, name in enumerate(group["names"]) if "lora_" in name]
+    group.update({key: [group[key][index] for index in kept] for key in ("params", "names", "scaling_factors")})
+    return optimizer
+
+
 GRADIENT = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -205,11 +214,7 @@ METHODS: dict[str, Method] = {
         peft_optimizer(lambda model, lr, rank: create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=16.0)),
         adapter={},
     ),
-    "LoRA-FA": Method(
-        LORA,
-        peft_optimizer(lambda model, lr, rank: create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=lr)),
-        adapter={},
-    ),
+    "LoRA-FA": Method(LORA, peft_optimizer(lora_fa), adapter={}),
     "Riemannian": Method(
         LORA,
         peft_optimizer(lambda model, lr, rank: create_riemannian_optimizer(model, AdamW, lr=lr, weight_decay=0.0)),

@@ -104,7 +104,14 @@ STUDIES = {
         Classification("r8", steps=300), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1,)), ((LOFT, "LoRA"), (16,))), rates=3
     ),
     "reviews": Study(
-        Classification("reviews"), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))
+        Classification("reviews"),
+        (
+            (FULL[1:], (None,)),
+            ((LOFT, "LoRA"), (1, 16)),
+            ((PUBLISHED, JOINT), (16,)),
+            ((LOFT, "LoRA"), (2,)),
+            (FULL[:1], (None,)),
+        ),
     ),
     "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))),
 }

@@ -100,6 +100,15 @@ STUDIES = {
         ),
         reference=3e-4,
     ),
+    "head": Study(
+        Classification("r8", head_rate=1e-2),
+        (
+            (FULL[1:], (None,)),
+            ((LOFT, "LoRA"), (1, 2, 16)),
+            (FULL[:1], (None,)),
+            ((PUBLISHED, GRADIENT, "LoRA-FA"), (1,)),
+        ),
+    ),
     "longer": Study(
         Classification("r8", steps=300), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1,)), ((LOFT, "LoRA"), (16,))), rates=3
     ),

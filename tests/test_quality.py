@@ -145,12 +145,13 @@ def test_no_parameter_is_trained_twice(method):
     layers = [("body", nn.Linear(7, 9)), ("classifier", nn.Linear(9, 5))]
     config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["classifier"])
     model = peft.get_peft_model(nn.Sequential(OrderedDict(layers)), config)
-    heads = [p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad]
-    optimizers = METHODS[method].build(model, heads, 1e-3, 2, **METHODS[method].switches)
+    head = [p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad]
+    group = {"params": head, "lr": 1e-2}
+    optimizers = METHODS[method].build(model, group, 1e-3, 2, **METHODS[method].switches)
     moved = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(moved) == len({id(p) for p in moved})
     assert {id(p) for p in moved if p.requires_grad} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(heads) == 2
+    assert len(head) == 2
 
 
 def candidate_steps(kind, steps, lr=0.1):

@@ -19,9 +19,8 @@ from loft_ds import LoFTAdamW
 from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from .tasks import Task
 
-# A new head is no part of what is compared: it has one learning rate under every method.
-HEAD_RATE = 3e-3
 CLIP = 1.0
+Group = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Method:
     Attributes:
         rates: the sweep. LoFT takes full fine-tuning's; those of LoRA's family are ten times as large.
         adapter: PEFT's LoraConfig beyond rank and targets; None for a method without adapters.
-        build: the optimizer of the model and of the names of its head's parameters.
+        build: the optimizers of a model, of which its new head is a parameter group with a learning rate of its own.
         alpha_over_rank: PEFT's alpha, which LoFT does not depend on.
         own_clip: the optimizer clips by its own norm; else the gradients' norm is clipped for it.
         warm_up: part of all steps in which the learning rate rises to its full height; then it falls linearly to zero.
@@ -88,8 +87,9 @@ class Method:
                     self._place_start(module)
             if self.aimed_batches:
                 aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
-        heads = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
-        return Prepared(trained, self.build(trained, heads, lr, rank, **self.switches), self.own_clip)
+        new = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
+        group = {"params": new, "lr": task.head_rate}
+        return Prepared(trained, self.build(trained, group, lr, rank, **self.switches), self.own_clip)
 
     @torch.no_grad()
     def _place_start(self, layer: LoraLayer) -> None:
@@ -118,48 +118,48 @@ def adapted_matrices(model: nn.Module, targets: str | list[str], head: str) -> l
     return [f"{name}.weight" for name, module in shell.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _rest(model: nn.Module, heads: list[nn.Parameter]) -> list[nn.Parameter]:
-    apart = {id(p) for p in heads}
+def _rest(model: nn.Module, head: Group) -> list[nn.Parameter]:
+    apart = {id(p) for p in head["params"]}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
 
 
-def _groups(model: nn.Module, heads: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
-    groups = [{"params": _rest(model, heads), "lr": lr}]
-    return [*groups, {"params": heads, "lr": HEAD_RATE}] if heads else groups
+def _groups(model: nn.Module, head: Group, lr: float) -> list[dict[str, Any]]:
+    groups = [{"params": _rest(model, head), "lr": lr}]
+    return [*groups, head] if head["params"] else groups
 
 
-def adamw(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
+def adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
     """AdamW on all that is trained."""
-    return [AdamW(_groups(model, heads, lr), weight_decay=0.0)]
+    return [AdamW(_groups(model, head, lr), weight_decay=0.0)]
 
 
 def loft(
     model: nn.Module,
-    heads: list[nn.Parameter],
+    head: Group,
     lr: float,
     rank: int,
     kind: type[LoFTAdamW] = LoFTAdamW,
     **switches: Any,
 ) -> list[Optimizer]:
     """LoFT, with the paper's blocks switched, or a candidate to take its place."""
-    return [kind(model, params=_groups(model, heads, lr), **{"max_grad_norm": CLIP, **switches})]
+    return [kind(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
 
 
 def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
     """AdamW held to a rank, in all or in each of its steps."""
-    return lambda model, heads, lr, rank: [TruncatedAdamW(_groups(model, heads, lr), rank, accumulated)]
+    return lambda model, head, lr, rank: [TruncatedAdamW(_groups(model, head, lr), rank, accumulated)]
 
 
 def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
     """One of PEFT's optimizers for the adapters, AdamW for the head."""
 
-    def build(model: nn.Module, heads: list[nn.Parameter], lr: float, rank: int) -> list[Optimizer]:
-        for p in heads:  # out of its sight
+    def build(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
+        for p in head["params"]:  # out of its sight
             p.requires_grad_(False)
         optimizers = [create(model, lr, rank)]
-        for p in heads:
+        for p in head["params"]:
             p.requires_grad_(True)
-        return [*optimizers, *([AdamW(heads, lr=HEAD_RATE, weight_decay=0.0)] if heads else [])]
+        return [*optimizers, *([AdamW([head], weight_decay=0.0)] if head["params"] else [])]
 
     return build
 

@@ -26,6 +26,7 @@ class Task(ABC):
         name: in the results.
         steps: optimizer steps of one training.
         head: the part of a parameter's name that marks a new, randomly initialised head; "" for none.
+        head_rate: its learning rate, which is no part of what is compared and the same under every method.
         score: the measure that a learning rate is chosen by, on validation data: lower is better.
         targets: the layers that get adapters, as PEFT takes them.
         rate_scale: what every method's learning rates are multiplied by: weights that start from zero have far to go.
@@ -35,6 +36,7 @@ class Task(ABC):
     name: str
     steps: int
     head: str = ""
+    head_rate: float = 0.0
     score: str = "validation_loss"
     targets: str | list[str] = "all-linear"
     rate_scale: float = 1.0
@@ -101,12 +103,13 @@ class Classification(Task):
     validation = 512  # documents from the end of the training set, to choose learning rates by
     test = 1024  # documents of the test set
 
-    def __init__(self, name: str, steps: int = 100, length: int = 32) -> None:
-        self.name, self.steps, self.length = name, steps, length
+    def __init__(self, texts: str, steps: int = 100, length: int = 32, head_rate: float = 3e-3) -> None:
+        self.texts, self.steps, self.length, self.head_rate = texts, steps, length, head_rate
+        self.name = texts if head_rate == 3e-3 else f"{texts}, head at {head_rate:g}"
 
     @functools.cached_property
     def _splits(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
-        (texts, labels), (test_texts, test_labels) = {"r8": _reuters, "reviews": _reviews}[self.name]()
+        (texts, labels), (test_texts, test_labels) = {"r8": _reuters, "reviews": _reviews}[self.texts]()
         tokenizer = AutoTokenizer.from_pretrained(_minilm())
         names = sorted(set(labels))
 

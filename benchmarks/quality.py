@@ -122,7 +122,16 @@ STUDIES = {
             (FULL[:1], (None,)),
         ),
     ),
-    "language": Study(Language(), ((FULL[1:], (None,)), ((LOFT, "LoRA"), (1, 16, 2)), (FULL[:1], (None,)))),
+    "language": Study(
+        Language(),
+        (
+            (FULL[1:], (None,)),
+            ((LOFT, "LoRA"), (1, 16)),
+            ((JOINT,), (16,)),
+            ((LOFT, "LoRA"), (2,)),
+            (FULL[:1], (None,)),
+        ),
+    ),
 }
 CAPTURED = (*((LOFT, rank) for rank in (1, 2, 4, 16, 64)), (AIMED, 1), (LONGER, 1))
 CAPTURED_RATE = 3e-4

@@ -121,6 +121,7 @@ STUDIES = {
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
         ),
+        seeds=5,
     ),
     "language": Study(
         Language(),

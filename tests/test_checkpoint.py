@@ -21,7 +21,9 @@ from loft_ds.durable import digest, read_json, write_json
 STEPS = 8
 
 
-def run(rank, world, stage, until, *, resume=None, save=None, precision="fp32", native=False, kill_at=None):
+def run(
+    rank, world, stage, until, *, resume=None, save=None, precision="fp32", native=False, kill_at=None, turns="auto"
+):
     """Train on ``world`` ranks until a step, from a checkpoint and into one: the parameters, the norms of the steps.
 
     ``native`` checkpoints are DeepSpeed's own. ``kill_at`` is a rank and an event of its own: see :func:`die_at`.
@@ -30,7 +32,7 @@ def run(rank, world, stage, until, *, resume=None, save=None, precision="fp32", 
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = odd_model()
-    optimizer = LoFTAdamW(model, lr=1e-2, params=two_groups(model))
+    optimizer = LoFTAdamW(model, lr=1e-2, params=two_groups(model), turns=turns)
     config = {
         "train_micro_batch_size_per_gpu": 12 // world,
         "gradient_clipping": 0.2,
@@ -107,8 +109,8 @@ def plain(until, *, resume=None, save=None, tag=None, model=None, **kwargs):
 
 
 @functools.cache
-def uninterrupted():
-    return plain(STEPS)
+def uninterrupted(turns="auto"):
+    return plain(STEPS, turns=turns)
 
 
 def same(a, b):
@@ -121,28 +123,30 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["loft_ds", "deepspeed"])
-@pytest.mark.parametrize("first", [3, 4])
+@pytest.mark.parametrize(("turns", "first"), [("joint", 3), ("alternate", 3), ("alternate", 4)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_same_ranks_bitwise(ranks, tmp_path, stage, precision, first, native):
+def test_same_ranks_bitwise(ranks, tmp_path, stage, precision, turns, first, native):
     """N steps, save, load, M steps are N + M steps to the last bit, with either factor's turn next."""
     pool = ranks(2)
-    whole, norms = pool(run, stage, STEPS, precision=precision)[0]
-    pool(run, stage, first, save=tmp_path, precision=precision, native=native)
-    resumed, rest = pool(run, stage, STEPS, resume=tmp_path, precision=precision, native=native)[0]
+    kind = {"precision": precision, "turns": turns}
+    whole, norms = pool(run, stage, STEPS, **kind)[0]
+    pool(run, stage, first, save=tmp_path, native=native, **kind)
+    resumed, rest = pool(run, stage, STEPS, resume=tmp_path, native=native, **kind)[0]
     assert same(resumed, whole)
     assert rest == norms[first:], "DeepSpeed's own clipping came back with its checkpoint"
 
 
-def test_state_comes_back_as_it_lay_in_memory(tmp_path):
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
+def test_state_comes_back_as_it_lay_in_memory(tmp_path, turns):
     """Some CPUs round a matrix product by its operands' strides and alignment, so a bitwise resume needs both."""
     model = odd_model()
-    optimizer = LoFTAdamW(model, lr=1e-2)
+    optimizer = LoFTAdamW(model, lr=1e-2, turns=turns)
     for step in range(3):
         (model(batch(step)[0]) - batch(step)[1]).square().mean().backward()
         optimizer.step()
     loft_ds.save_checkpoint(optimizer, tmp_path)
-    resumed = LoFTAdamW(odd_model(), lr=1e-2)
+    resumed = LoFTAdamW(odd_model(), lr=1e-2, turns=turns)
     loft_ds.load_checkpoint(resumed, tmp_path)
     for name, state in optimizer.state.items():
         for key, live in state.items():
@@ -167,11 +171,12 @@ def test_state_comes_back_as_it_lay_in_memory(tmp_path):
     ],
     ids=lambda it: f"{it[0]}ranks_stage{it[1]}" if isinstance(it, tuple) else f"step{it}",
 )
-def test_other_ranks_and_stages(ranks, tmp_path, saved, loaded, first):
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
+def test_other_ranks_and_stages(ranks, tmp_path, saved, loaded, first, turns):
     """The continuation is the uninterrupted run's, whoever takes over."""
-    ranks(saved[0])(run, saved[1], first, save=tmp_path)
-    outcomes = ranks(loaded[0])(run, loaded[1], STEPS, resume=tmp_path)
-    assert close(outcomes[0][0], uninterrupted())
+    ranks(saved[0])(run, saved[1], first, save=tmp_path, turns=turns)
+    outcomes = ranks(loaded[0])(run, loaded[1], STEPS, resume=tmp_path, turns=turns)
+    assert close(outcomes[0][0], uninterrupted(turns))
     assert all(same(other, outcomes[0][0]) for other, _ in outcomes)
 
 

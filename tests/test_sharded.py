@@ -49,23 +49,27 @@ def assert_equal(outcomes, single, stage, tolerance):
 # Only the order of float32 sums may differ: of the batch over ranks, and of the all-reduce. One step leaves some 6e-8
 # (eps) times a short sum; 20 steps add up.
 TOLERANCE = {1: 1e-6, 20: 1e-5}
+# The default of ranks up to JOINT_RANK, and that of all above, which are too large for a test to have many of.
+TURNS = ("joint", "alternate")
 
 
+@pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("steps", TOLERANCE)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_equals_one_process(ranks, world, stage, steps):
-    outcomes = ranks(world)(train_sharded, stage, steps, betas=BETAS)
-    assert_equal(outcomes, plain(steps), stage, TOLERANCE[steps])
+def test_equals_one_process(ranks, world, stage, steps, turns):
+    outcomes = ranks(world)(train_sharded, stage, steps, betas=BETAS, turns=turns)
+    assert_equal(outcomes, plain(steps, turns=turns), stage, TOLERANCE[steps])
     if stage and world > 1:
         assert outcomes[0].cuts, "no boundary falls inside a feature row: the test misses its point"
 
 
+@pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_more_ranks_than_rows(ranks, stage):
+def test_more_ranks_than_rows(ranks, stage, turns):
     """Rank-1 adapters: at stage 3 four ranks share 3 rows, and the last holds nothing but padding of three factors."""
-    outcomes = ranks(4)(train_sharded, stage, 20, lora_rank=1, betas=BETAS)
-    assert_equal(outcomes, plain(20, lora_rank=1), stage, TOLERANCE[20])
+    outcomes = ranks(4)(train_sharded, stage, 20, lora_rank=1, betas=BETAS, turns=turns)
+    assert_equal(outcomes, plain(20, lora_rank=1, turns=turns), stage, TOLERANCE[20])
     assert any(outcome.empty for outcome in outcomes)
 
 
@@ -83,14 +87,15 @@ def test_state_is_split(ranks, stage):
         assert max(held) < sum(held) * (0.25 * 4 / 3) + 8 * 6
 
 
+@pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("stage", [1, 3])
-def test_from_pefts_zero(ranks, stage):
+def test_from_pefts_zero(ranks, stage, turns):
     """B = 0 at the start, where A's gradient is zero and its direction is the first step's doing.
 
     Factors amplify rounding there (B is as short as the steps taken), W does not: it is what is compared.
     """
-    (outcome, *_) = ranks(2)(train_sharded, stage, 20, zero_b=True, betas=BETAS)
-    single, start = plain(20, zero_b=True), trained(odd_model(zero_b=True))
+    (outcome, *_) = ranks(2)(train_sharded, stage, 20, zero_b=True, betas=BETAS, turns=turns)
+    single, start = plain(20, zero_b=True, turns=turns), trained(odd_model(zero_b=True))
     for name in single.params:
         if "lora_A" in name:
             b = name.replace("lora_A", "lora_B")

@@ -52,8 +52,8 @@ class LoFTAdamW(Optimizer):
             outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "auto": pairs
             of rank ``JOINT_RANK`` or less jointly, others alternately. Test loss of MiniLM on R8, three seeds: 0.405 to
             0.446 at rank 1, 0.374 to 0.428 at 2, 0.298 to 0.340 at 4, 0.260 to 0.262 at 16, where it costs twice the
-            work (there 0.470 to 0.488 on film reviews, five seeds). "both": both move by all of theirs, and what lies in
-            both is counted twice.
+            work (there 0.470 to 0.488 on film reviews, five seeds). "both": both move by all of theirs, and what lies
+            in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.

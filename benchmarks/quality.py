@@ -1,6 +1,6 @@
 """Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
 
-    python benchmarks/quality.py classification --workers 2     # or factorisation, longer, reviews, language
+    python benchmarks/quality.py classification --workers 2     # or factorisation, head, longer, reviews, language
     python benchmarks/quality.py captured                       # how much of the full gradient a rank can follow
     python benchmarks/quality.py page                           # tables and plots of all that has been measured
 

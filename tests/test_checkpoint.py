@@ -567,8 +567,8 @@ def test_a_start_from_gradients_belongs_to_other_weights(tmp_path):
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5))
 
-    x, y = torch.randn(12, 7), torch.randn(12, 5)
     model = base()
+    x, y = torch.randn(12, 7), torch.randn(12, 5)
     config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
     preprocess_loraga(model, config, lambda: (model(x) - y).square().mean().backward())
     model = get_peft_model(model, config)

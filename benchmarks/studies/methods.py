@@ -42,7 +42,7 @@ class Method:
         weights_left_alone: what such adapters are at the start is not taken out of the frozen weights, so that they are
             no more than adapters of their rank to a model that nobody changed; it is a step off at the start.
         start_length: the length (Frobenius) to which such a start is brought, ``|s B0 A0|``, in every layer.
-        aimed_batches: the same by :func:`.candidates.aim`.
+        aimed_batches: the first directions of ``A`` are those of so many batches, by :func:`.candidates.aim`.
     """
 
     rates: tuple[float, ...]
@@ -82,9 +82,10 @@ class Method:
                 ]
                 preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
-            for module in trained.modules():
-                if isinstance(module, LoraLayer):
-                    self._place_start(module)
+            if self.gradient_batches:
+                for module in trained.modules():
+                    if isinstance(module, LoraLayer):
+                        self._place_start(module)
             if self.aimed_batches:
                 aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
         new = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from assets import default_model, default_texts, package_folder
 
 EVALUATION_BATCH = 64
+HEAD_RATE = 3e-3
 
 
 class Task(ABC):
@@ -103,9 +104,9 @@ class Classification(Task):
     validation = 512  # documents from the end of the training set, to choose learning rates by
     test = 1024  # documents of the test set
 
-    def __init__(self, texts: str, steps: int = 100, length: int = 32, head_rate: float = 3e-3) -> None:
+    def __init__(self, texts: str, steps: int = 100, length: int = 32, head_rate: float = HEAD_RATE) -> None:
         self.texts, self.steps, self.length, self.head_rate = texts, steps, length, head_rate
-        self.name = texts if head_rate == 3e-3 else f"{texts}, head at {head_rate:g}"
+        self.name = texts if head_rate == HEAD_RATE else f"{texts}, head at {head_rate:g}"
 
     @functools.cached_property
     def _splits(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:

@@ -119,7 +119,7 @@ def test_aiming_finds_the_gradients_directions():
 
 
 def test_a_start_from_gradients_is_placed_as_it_says():
-    task = Factorisation(m=12, n=9, rank=2)
+    task = Factorisation(m=12, n=9, rank=4)  # LoRA-GA takes twice as many directions as the adapters have
     starts = {}
     for method in (quality.GRADIENT, quality.LONGER, quality.ALONE):
         model = task.model(0)
@@ -135,7 +135,7 @@ def test_a_start_from_gradients_is_placed_as_it_says():
     assert float(starts[quality.LONGER][0].norm()) == pytest.approx(0.2, rel=1e-5)
     assert float(starts[quality.GRADIENT][0].norm()) != pytest.approx(0.2, rel=0.1)
     adapter, moved = starts[quality.ALONE]
-    assert adapter.any()
+    assert float(adapter.norm()) > 1e-3
     torch.testing.assert_close(moved, torch.zeros_like(moved))
 
 

@@ -53,6 +53,7 @@ CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, no warm-up", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
+PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Study:
 STUDIES = {
     "factorisation": Study(
         Factorisation(),
-        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:], *SETTINGS), (8,))),
+        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:], *PEERS, *SETTINGS), (8,))),
     ),
     "classification": Study(
         Classification("r8"),
@@ -93,7 +94,7 @@ STUDIES = {
             ((GRADIENT,), (2, 4)),
             ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
-            (LORAS[1:], (2,)),
+            ((*LORAS[1:], *PEERS), (2,)),
             (SETTINGS, (2,)),
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),

@@ -14,6 +14,7 @@ from studies.candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from studies.captured import shares
 from studies.methods import METHODS
 from studies.page import write_page
+from studies.peers import AltLoRAPlus, LoRAPro, LoRARITE
 from studies.tasks import Factorisation
 from studies.training import best_of_rank, compare
 
@@ -185,6 +186,109 @@ def test_moments_are_gathered_before_the_first_move():
     _, changes = candidate_steps(LateLoFT, LateLoFT.HOLD + 1)
     assert not any(change.any() for change in changes[:-1])
     assert changes[-1].any()
+
+
+def a_pair(rank, m=6, n=8):
+    """A layer in float64 whose ``B`` is not zero, and its adapter's factors and their scaling."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(n, m, bias=False)), config).double()
+    layer = model.base_model.model[0]
+    return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+
+
+def backward(gradient, a, b, scaling):
+    a.grad, b.grad = scaling * b.detach().T @ gradient, scaling * gradient @ a.detach().T
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_lora_pro_takes_adams_step_as_far_as_its_factors_reach(rank):
+    lr = 1e-7  # so that what is of second order, the product of both moves, is below the tolerance
+    model, a, b, scaling = a_pair(rank)
+    optimizer = LoRAPro(model, lr)
+    first = second = torch.zeros(6, 8, dtype=torch.float64)
+    for step in (1, 2, 3):
+        gradient = torch.randn(6, 8, dtype=torch.float64)
+        left, right = b @ torch.linalg.pinv(b), torch.linalg.pinv(a) @ a  # projections onto what is in reach
+        reached = left @ gradient + (torch.eye(6) - left) @ gradient @ right
+        if rank == 6:
+            torch.testing.assert_close(reached, gradient)
+        first, second = 0.9 * first + 0.1 * reached, 0.999 * second + 0.001 * reached**2
+        direction = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        before_a, before_b = a.detach().clone(), b.detach().clone()
+        backward(gradient, a, b, scaling)
+        optimizer.step()
+        move_a, move_b = (before_a - a.detach()) / lr, (before_b - b.detach()) / lr
+        within = left @ direction + (torch.eye(6) - left) @ direction @ right
+        torch.testing.assert_close(scaling * (before_b @ move_a + move_b @ before_a), within, rtol=0, atol=1e-6)
+        # Of all pairs of moves that do this, (move_a + X A, move_b - B X), the nearest to Adam's for LoRA: stationary.
+        off_a, off_b = move_a - scaling * before_b.T @ direction, move_b - scaling * direction @ before_a.T
+        torch.testing.assert_close(off_a @ before_a.T, before_b.T @ off_b, rtol=0, atol=1e-6)
+
+
+def test_lora_rite_moves_all_factors_of_one_product_alike():
+    products = []
+    for other in (torch.eye(2), torch.tensor([[0.3, 5.0], [-2.0, 0.1]])):
+        model, a, b, scaling = a_pair(2)
+        with torch.no_grad():
+            a.copy_(other.double() @ a)
+            b.copy_(b @ torch.linalg.inv(other.double()))
+        start = (b @ a).detach()
+        optimizer = LoRARITE(model, 0.1)
+        for _ in range(4):
+            backward(torch.randn(6, 8, dtype=torch.float64), a, b, scaling)
+            optimizer.step()
+        products.append((b @ a).detach())
+        assert float((products[-1] - start).norm()) > 0.1
+    torch.testing.assert_close(*products)
+
+
+def test_lora_rite_begins_with_steps_that_are_alike_in_all_directions():
+    model, a, b, scaling = a_pair(2)
+    before_a, before_b = a.detach().clone(), b.detach().clone()
+    backward(torch.randn(6, 8, dtype=torch.float64), a, b, scaling)
+    LoRARITE(model, 0.1).step()
+    for change, rows in (((b.detach() - before_b) @ before_a, 6), (before_b @ (a.detach() - before_a), 8)):
+        lengths = torch.linalg.svdvals(change)
+        # Whitened rows of two directions, at a rate of 0.1; the optimizer's eps is 1e-6.
+        torch.testing.assert_close(lengths[:2], torch.full_like(lengths[:2], 0.1 * rows**0.5), rtol=1e-5, atol=0)
+
+
+def test_lora_rite_keeps_what_escaped_from_its_basis():
+    model, a, b, scaling = a_pair(1)
+    optimizer = LoRARITE(model, 0.1)
+    away = torch.linalg.svd(a.detach())[2][1:2]  # at a right angle to A
+    backward(torch.randn(6, 8, dtype=torch.float64), a, b, scaling)
+    optimizer.step()
+    seen = optimizer.state[b]["second"].item()
+    with torch.no_grad():
+        a.copy_(away)  # nothing of the second moment is within its reach
+    backward(torch.zeros(6, 8, dtype=torch.float64), a, b, scaling)
+    optimizer.step()
+    decay = 0.999 * (1 - 0.999) / (1 - 0.999**2)  # of the second step, bias corrected
+    assert optimizer.state[b]["escaped"].item() == pytest.approx(decay * seen)
+    assert optimizer.state[b]["second"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_altlora_takes_turns_and_its_momentum_is_the_full_ones_projection():
+    model, a, b, scaling = a_pair(2)
+    optimizer = AltLoRAPlus(model, lr=0.01)
+    full = {"a": torch.zeros(8, 6, dtype=torch.float64), "b": torch.zeros(6, 8, dtype=torch.float64)}
+    for step in range(6):
+        moving, still, own, other = (b, a, "b", a.detach().T) if step % 2 == 0 else (a, b, "a", b.detach().clone())
+        before, kept = moving.detach().clone(), still.detach().clone()
+        gradient = torch.randn(6, 8, dtype=torch.float64)
+        backward(gradient, a, b, scaling)
+        optimizer.step()
+        assert torch.equal(still.detach(), kept)
+        seen = scaling * (gradient if own == "b" else gradient.T)
+        full[own] = (0.9 * full[own] + 0.1 * seen) @ other @ torch.linalg.pinv(other)
+        # The Gram matrices are regularised by 1e-6, their eigenvalues being about 1.
+        torch.testing.assert_close(optimizer.state[moving]["first"] @ other.T, full[own], rtol=1e-4, atol=1e-5)
+        if step < 2:  # Adam's first step
+            scaled = seen @ torch.linalg.pinv(other).T
+            expected = 0.01 * (scaled if own == "b" else scaled.T).sign()
+            torch.testing.assert_close(before - moving.detach(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("accumulated", [True, False])

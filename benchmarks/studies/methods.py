@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from loft_ds import LoFTAdamW
 
 from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
 CLIP = 1.0
@@ -151,8 +152,8 @@ def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
     return lambda model, head, lr, rank: [TruncatedAdamW(_groups(model, head, lr), rank, accumulated)]
 
 
-def peft_optimizer(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
-    """One of PEFT's optimizers for the adapters, AdamW for the head."""
+def of_adapters(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
+    """An optimizer of the adapters, AdamW for the head."""
 
     def build(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
         for p in head["params"]:  # out of its sight
@@ -212,15 +213,18 @@ METHODS: dict[str, Method] = {
     "LoRA-GA": Method(LORA, adamw, adapter=GRADIENT, gradient_batches=4),
     "LoRA+": Method(
         LORA,
-        peft_optimizer(lambda model, lr, rank: create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=16.0)),
+        of_adapters(lambda model, lr, rank: create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=16.0)),
         adapter={},
     ),
-    "LoRA-FA": Method(LORA, peft_optimizer(lora_fa), adapter={}),
+    "LoRA-FA": Method(LORA, of_adapters(lora_fa), adapter={}),
     "Riemannian": Method(
         LORA,
-        peft_optimizer(lambda model, lr, rank: create_riemannian_optimizer(model, AdamW, lr=lr, weight_decay=0.0)),
+        of_adapters(lambda model, lr, rank: create_riemannian_optimizer(model, AdamW, lr=lr, weight_decay=0.0)),
         adapter={},
     ),
+    "LoRA-Pro": Method(FULL, of_adapters(lambda model, lr, rank: LoRAPro(model, lr)), adapter={}),
+    "LoRA-RITE": Method(LORA, of_adapters(lambda model, lr, rank: LoRARITE(model, lr)), adapter={}),
+    "AltLoRA+": Method(LORA, of_adapters(lambda model, lr, rank: AltLoRAPlus(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),

@@ -49,6 +49,7 @@ WEIGHT, ALONE = "LoFT, first directions from the weight", f"{GRADIENT}, weights 
 LONGER = f"{GRADIENT}, of length 0.2"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
+EVEN = "LoFT, steps of one length"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, no warm-up", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
@@ -95,6 +96,7 @@ STUDIES = {
             ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
             ((*LORAS[1:], *PEERS), (2,)),
+            ((EVEN,), (1, 2, 16)),
             (SETTINGS, (2,)),
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quality
-from studies.candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from studies.candidates import EvenLoFT, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from studies.captured import shares
 from studies.methods import METHODS
 from studies.page import write_page
@@ -180,6 +180,15 @@ def test_no_step_leaves_the_trust_region():
     # B = 0 before the first step: the product is linear in how far it goes. Later it is nearly so, steps being short.
     assert lengths[0] == pytest.approx(radius, rel=1e-5)
     assert max(lengths) < 1.1 * radius
+
+
+def test_steps_are_brought_to_one_length():
+    lr = 1e-3
+    weight, changes = candidate_steps(EvenLoFT, 4, lr)
+    lengths = [float((after - before).norm()) for before, after in itertools.pairwise(changes)]
+    wanted = 0.2 * lr * weight.numel() ** 0.5
+    assert lengths[0] == pytest.approx(wanted, rel=1e-4)  # B = 0 before it: linear; float32
+    assert lengths == pytest.approx([wanted] * 4, rel=0.02)  # four rounds, on moves that are not quite linear
 
 
 def test_moments_are_gathered_before_the_first_move():

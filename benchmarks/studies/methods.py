@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import LoFTAdamW
 
-from .candidates import LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from .candidates import EvenLoFT, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
@@ -193,6 +193,7 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT without projected clipping": {"projected_clipping": False},
     "LoFT simple": {"second_moment": "elementwise"},
     "LoFT, trust region": {"kind": TrustRegionLoFT},
+    "LoFT, steps of one length": {"kind": EvenLoFT},
     "LoFT, second moment warmed up": {"kind": LateLoFT},
     "LoFT, eps 1e-6": {"eps": 1e-6},
     "LoFT, no clipping": {"max_grad_norm": None},

@@ -79,14 +79,18 @@ class Study:
 STUDIES = {
     "factorisation": Study(
         Factorisation(),
-        (((FULL[0],), (None,)), ((LOFT, "LoRA", PUBLISHED, JOINT, *ABLATIONS, *LORAS[1:], *PEERS, *SETTINGS), (8,))),
+        (
+            ((FULL[0],), (None,)),
+            ((LOFT, ALTERNATE, PUBLISHED, *LORAS, *PEERS), (8,)),
+            ((*ABLATIONS, *SETTINGS), (8,)),
+        ),
     ),
     "classification": Study(
         Classification("r8"),
         (
             ((*FULL, "head alone"), (None,)),
             ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1,)),
-            ((LOFT, JOINT, PUBLISHED, "LoRA"), (16,)),
+            ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
             ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
             ((LOFT, "LoRA"), (4,)),
@@ -100,6 +104,7 @@ STUDIES = {
             (SETTINGS, (2,)),
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),
+            ((JOINT,), (64,)),
         ),
         reference=3e-4,
     ),
@@ -120,7 +125,7 @@ STUDIES = {
         (
             (FULL[1:], (None,)),
             ((LOFT, "LoRA"), (1, 16)),
-            ((PUBLISHED, JOINT), (16,)),
+            ((PUBLISHED, ALTERNATE), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
         ),
@@ -131,7 +136,7 @@ STUDIES = {
         (
             (FULL[1:], (None,)),
             ((LOFT, "LoRA"), (1, 16)),
-            ((JOINT,), (16,)),
+            ((ALTERNATE,), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
         ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 # Up to this rank both factors of a pair move on every step, as LoFTAdamW's turns="auto" says.
-JOINT_RANK = 4
+JOINT_RANK = 16
 
 
 def shape_of(param: Tensor) -> torch.Size:

@@ -34,7 +34,7 @@ class Oracle:
     ) -> None:
         self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
         self.turns, self.scale, self.turn_m, self.turn_p = (
-            {"auto": "joint" if len(A) <= 4 else "alternate"}.get(turns, turns),
+            {"auto": "joint" if len(A) <= 16 else "alternate"}.get(turns, turns),
             gradient_scaling,
             momentum_calibration,
             second_moment_calibration,

@@ -420,7 +420,7 @@ def refusals(rank, world, folder):
     [
         ({"rank": 2}, {}, r"lora_A\.default\.weight has shape \[3, 7\], in this model \[2, 7\]"),
         ({}, {"second_moment": "elementwise"}, "saved with second_moment=matrix, not second_moment=elementwise"),
-        ({}, {"turns": "both"}, "saved with turns=auto, not turns=both"),
+        ({}, {"turns": "both"}, "saved with turns=auto, joint up to rank 16, not turns=both"),
         ({"targets": ["0", "2", "4"]}, {}, r"has base_model\.model\.6\.\S+, which this model does not train"),
         ({"targets": ["0", "2", "3", "4", "6"]}, {}, r"has no base_model\.model\.3\.\S+, which this model trains"),
     ],

@@ -41,10 +41,10 @@ def test_factors_alternate():
 def test_small_ranks_move_jointly_and_others_alternate():
     """In one model, each as if all were of its rank."""
     torch.manual_seed(0)
-    config = LoraConfig(r=3, target_modules=["0", "2"], rank_pattern={"2": 6}, init_lora_weights=False)
-    model = get_peft_model(nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7)).double(), config).double()
+    config = LoraConfig(r=16, target_modules=["0", "2"], rank_pattern={"2": 17}, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(19, 18), nn.Tanh(), nn.Linear(18, 17)).double(), config).double()
     start, moved = copy.deepcopy(model), {}
-    x, y = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    x, y = torch.randn(5, 19, dtype=torch.float64), torch.randn(5, 17, dtype=torch.float64)
     for turns in ("auto", "joint", "alternate"):
         twin = copy.deepcopy(start)
         optimizer = LoFTAdamW(twin, lr=1e-2, turns=turns)

@@ -7,12 +7,12 @@ from oracle import Oracle
 
 from loft_ds import LoFTAdamW
 
-SHAPES = [(7, 5, 3), (5, 9, 1), (4, 6, 4), (33, 17, 16)]
+SHAPES = [(7, 5, 3), (5, 9, 1), (4, 6, 4), (33, 19, 17)]
 ABLATIONS = [
     {},
     {"turns": "both"},
-    {"turns": "joint"},  # the default of the small ranks here
-    {"turns": "alternate"},  # of rank 16
+    {"turns": "joint"},  # the default of all ranks here
+    {"turns": "alternate"},  # but of 17
     {"turns": "alternate", "second_moment": "elementwise"},
     {"turns": "alternate", "projected_update": False},
     {"gradient_scaling": False},

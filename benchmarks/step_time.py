@@ -7,8 +7,9 @@ A cell is one linear layer of a real model at one rank. All methods of a cell ru
 by sample, and so do the matrix product and the copy whose rates give the floor: what else the machine does hits all of
 them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
 
-LoFT moves both factors of a pair on every step at ranks 1 and 4, and one at the others, as it does by default; the
-authors' code moves one at every rank.
+In the cells LoFT moves both factors of a pair on every step at ranks 1 and 4, and one at the others; the authors' code
+moves one at every rank. At rank 16 LoFT moves both by default, which takes twice the time: the share of a training step
+is that of both.
 
 The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
 with packed second moments (no square root, no division) and every number of its state read and written once.
@@ -39,7 +40,6 @@ from torch import nn
 
 from loft_ds import LoFTAdamW, kernels
 from loft_ds.algebra import products_in
-from loft_ds.factors import JOINT_RANK
 from provenance import commit_of, provenance
 
 # The distinct linear layers (out, in) of each model.
@@ -49,7 +49,8 @@ MODELS = {
     "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
 RANKS = [1, 4, 16, 64, 128]
-LOFT, SIMPLE, OFFICIAL = "LoFT", "LoFT simple", "authors' LoFT"
+JOINT_CELLS = 4  # the highest rank of a cell in which both factors move
+LOFT, ALTERNATE, SIMPLE, OFFICIAL = "LoFT", "LoFT alternating", "LoFT simple", "authors' LoFT"
 FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
 METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
 PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
@@ -127,13 +128,16 @@ def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) 
         parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
         return Step(torch.optim.AdamW([parameter], fused=True), [parameter])
     model = adapted_linear(shape, rank, device)
-    return Step(optimizer_of(method, model), [p for p in model.parameters() if p.requires_grad])
+    turns = "joint" if rank <= JOINT_CELLS else "alternate"
+    return Step(optimizer_of(method, model, turns), [p for p in model.parameters() if p.requires_grad])
 
 
-def optimizer_of(method: str, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(method: str, model: nn.Module, turns: str = "auto") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if method == ALTERNATE:
+        return LoFTAdamW(model, lr=1e-4, turns="alternate")
     if method in (LOFT, SIMPLE):
-        return LoFTAdamW(model, lr=1e-4, second_moment="matrix" if method == LOFT else "elementwise")
+        return LoFTAdamW(model, lr=1e-4, turns=turns, second_moment="matrix" if method == LOFT else "elementwise")
     if method == OFFICIAL:
         return importlib.import_module("loft_optim.optimizer").LoFTAdamW(parameters, lr=1e-4, model=model)
     return torch.optim.AdamW(parameters, lr=1e-4, fused=method == FUSED, foreach=method == FOREACH)
@@ -144,7 +148,7 @@ def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     move jointly, of both.
     """
     packed = rank * (rank + 1) // 2
-    joint = rank <= JOINT_RANK
+    joint = rank <= JOINT_CELLS
     gradients = 1 if joint else 2  # that a factor has taken since its last turn
     operations = numbers = 0
     for k, l in (shape, shape[::-1]):  # noqa: E741
@@ -239,7 +243,7 @@ def measure_cell(
     }
 
 
-def measure_training(rank: int, methods: list[str], device: torch.device, repeats: int) -> dict[str, Any]:
+def measure_training(rank: int, device: torch.device, repeats: int) -> dict[str, Any]:
     """The optimizer's share of a training step of a Llama with SmolLM2-135M's shapes, on 4 x 512 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -261,7 +265,8 @@ def measure_training(rank: int, methods: list[str], device: torch.device, repeat
     def forward_backward() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
 
-    optimizers = {m: optimizer_of(m, model) for m in methods if m not in (OFFICIAL, FULL)}
+    kinds = [m for m in METHODS if m not in (OFFICIAL, FULL)]
+    optimizers = {m: optimizer_of(m, model) for m in (LOFT, ALTERNATE, *kinds[1:])}
     samples: dict[str, list[float]] = {name: [] for name in ["forward and backward", *optimizers]}
     for repeat in range(-1, repeats):
         elapsed = []
@@ -330,7 +335,12 @@ def report(data: dict[str, Any]) -> Iterator[str]:
         yield "## Share of a training step, SmolLM2-135M's shapes"
         yield (
             "A Llama of SmolLM2-135M's configuration with random weights, adapters on all 210 linear layers, 4 x 512 "
-            "tokens, no gradient checkpointing. In brackets: the optimizer's part of forward, backward and step."
+            "tokens, no gradient checkpointing. In brackets: the optimizer's part of forward, backward and step. "
+            + "; ".join(
+                f"r = {r['rank']}: {r['device']}, {r['date']}, commit `{(r['commit'] or 'unknown')[:12]}`"
+                for r in data["training"]
+            )
+            + "."
         )
         names = list(data["training"][0]["seconds"])
         rows = []
@@ -405,6 +415,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=40.0, help="seconds of samples that a method may take in a cell")
     parser.add_argument("--most-tflop", type=float, default=math.inf, help="leave LoFT out where a step needs more")
     parser.add_argument("--training-ranks", nargs="*", type=int, default=[16, 64])
+    parser.add_argument("--training-only", action="store_true", help="keep the cells that lie in the output folder")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="folder for step_time.json, .md and .png")
@@ -432,6 +443,9 @@ def main() -> None:
         "cells": [],
         "training": [],
     }
+    if arguments.training_only:
+        data = {**json.loads((arguments.output / "step_time.json").read_text()), "training": []}
+        models = []
     for model in models:
         shapes = MODELS[model][:1] if arguments.quick or arguments.square else MODELS[model]
         for shape, rank in itertools.product(shapes, ranks):
@@ -443,7 +457,7 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
     for rank in arguments.training_ranks:
-        data["training"].append(measure_training(rank, methods, device, min(3, repeats)))
+        data["training"].append({**measure_training(rank, device, min(3, repeats)), **provenance(device)})
         print(data["training"][-1], flush=True)
         write(data, arguments.output)
     print("\n\n".join(report(data)))

@@ -273,14 +273,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=[*STUDIES, "captured", "page"])
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each in a process of its own")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these columns")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that the study works")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality", help="folder of the JSON lines")
     args = parser.parse_args()
+    if args.methods and args.study not in STUDIES:
+        parser.error(f"{args.study} has no columns to choose")
     if args.study == "page":
         write_page(args.results, {name: study.task.score for name, study in STUDIES.items()})
         return
     study = STUDIES["classification" if args.study == "captured" else args.study]
     study = quick(study) if args.quick else study
+    if args.methods:
+        chosen = ((tuple(m for m in methods if m in args.methods), ranks) for methods, ranks in study.columns)
+        study = replace(study, columns=tuple(chosen))
     file = args.results / f"{args.study}.jsonl"
     if args.study == "captured":
         run_captured(study.task, file)

@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -53,6 +53,7 @@ JOINT_CELLS = 4  # the highest rank of a cell in which both factors move
 LOFT, ALTERNATE, SIMPLE, OFFICIAL = "LoFT", "LoFT alternating", "LoFT simple", "authors' LoFT"
 FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
 METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
+Turns = Literal["auto", "alternate", "joint"]
 PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
 GIB = 2**30
 
@@ -128,11 +129,11 @@ def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) 
         parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
         return Step(torch.optim.AdamW([parameter], fused=True), [parameter])
     model = adapted_linear(shape, rank, device)
-    turns = "joint" if rank <= JOINT_CELLS else "alternate"
+    turns: Turns = "joint" if rank <= JOINT_CELLS else "alternate"
     return Step(optimizer_of(method, model, turns), [p for p in model.parameters() if p.requires_grad])
 
 
-def optimizer_of(method: str, model: nn.Module, turns: str = "auto") -> torch.optim.Optimizer:
+def optimizer_of(method: str, model: nn.Module, turns: Turns = "auto") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if method == ALTERNATE:
         return LoFTAdamW(model, lr=1e-4, turns="alternate")

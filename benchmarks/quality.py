@@ -1,6 +1,7 @@
 """Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
 
     python benchmarks/quality.py classification --workers 2     # or factorisation, head, longer, reviews, language
+    python benchmarks/quality.py reviews --methods LoFT LoRA    # some columns
     python benchmarks/quality.py captured                       # how much of the full gradient a rank can follow
     python benchmarks/quality.py page                           # tables and plots of all that has been measured
 
@@ -285,6 +286,8 @@ def main() -> None:
     study = STUDIES["classification" if args.study == "captured" else args.study]
     study = quick(study) if args.quick else study
     if args.methods:
+        if strange := set(args.methods) - {m for methods, _ in study.columns for m in methods}:
+            parser.error(f"{args.study} has no columns {', '.join(sorted(strange))}")
         chosen = ((tuple(m for m in methods if m in args.methods), ranks) for methods, ranks in study.columns)
         study = replace(study, columns=tuple(chosen))
     file = args.results / f"{args.study}.jsonl"

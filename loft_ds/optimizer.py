@@ -160,7 +160,7 @@ class LoFTAdamW(Optimizer):
             )
 
     @property
-    def variant(self) -> dict[str, bool | str]:
+    def variant(self) -> dict[str, bool | int | str]:
         """The switches of the method: state that one variant has gathered means nothing to another."""
         switches = (
             "turns",
@@ -174,7 +174,7 @@ class LoFTAdamW(Optimizer):
         )
         variant = {switch: getattr(self, switch) for switch in switches} | {"dtype": str(self.second_moment_dtype)}
         if self.turns == "auto":
-            variant["turns"] = f"auto, joint up to rank {JOINT_RANK}"  # which may be another one in another version
+            variant["joint_rank"] = JOINT_RANK  # may be another one in another version
         return variant
 
     def state_dict(self) -> dict[str, Any]:

@@ -420,7 +420,7 @@ def refusals(rank, world, folder):
     [
         ({"rank": 2}, {}, r"lora_A\.default\.weight has shape \[3, 7\], in this model \[2, 7\]"),
         ({}, {"second_moment": "elementwise"}, "saved with second_moment=matrix, not second_moment=elementwise"),
-        ({}, {"turns": "both"}, "saved with turns=auto, joint up to rank 16, not turns=both"),
+        ({}, {"turns": "both"}, "saved with turns=auto, not turns=both"),
         ({"targets": ["0", "2", "4"]}, {}, r"has base_model\.model\.6\.\S+, which this model does not train"),
         ({"targets": ["0", "2", "3", "4", "6"]}, {}, r"has no base_model\.model\.3\.\S+, which this model trains"),
     ],
@@ -439,6 +439,12 @@ def test_strangers_are_refused(tmp_path, model, kwargs, difference):
     else:
         other = odd_model(**model)
     assert_refused(tmp_path, difference, model=other, **kwargs)
+
+
+def test_another_rule_of_turns_is_refused(tmp_path, monkeypatch):
+    plain(3, save=tmp_path)
+    monkeypatch.setattr("loft_ds.optimizer.JOINT_RANK", 2)
+    assert_refused(tmp_path, "saved with joint_rank=16, not joint_rank=2")
 
 
 def test_other_groups_are_refused(tmp_path):

@@ -11,8 +11,8 @@ SHAPES = [(7, 5, 3), (5, 9, 1), (4, 6, 4), (33, 19, 17)]
 ABLATIONS = [
     {},
     {"turns": "both"},
-    {"turns": "joint"},  # the default of all ranks here
-    {"turns": "alternate"},  # but of 17
+    {"turns": "joint"},  # the default at all ranks here but 17
+    {"turns": "alternate"},
     {"turns": "alternate", "second_moment": "elementwise"},
     {"turns": "alternate", "projected_update": False},
     {"gradient_scaling": False},

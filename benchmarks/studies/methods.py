@@ -183,7 +183,6 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT, joint": {"turns": "joint"},
     "LoFT, alternate": {"turns": "alternate"},
     "LoFT as published": {"turns": "alternate", "bias_calibration": False},
-    "LoFT, joint without bias calibration": {"turns": "joint", "bias_calibration": False},
     "LoFT without bias calibration": {"bias_calibration": False},
     "LoFT, counted twice": {"turns": "both"},
     "LoFT without gradient scaling": {"gradient_scaling": False},
@@ -224,7 +223,10 @@ METHODS: dict[str, Method] = {
         adapter={},
     ),
     "LoRA-Pro": Method(FULL, of_adapters(lambda model, lr, rank: LoRAPro(model, lr)), adapter={}),
-    "LoRA-RITE": Method(LORA, of_adapters(lambda model, lr, rank: LoRARITE(model, lr)), adapter={}),
+    # Clipped by its own norm, and the head's gradient by none.
+    "LoRA-RITE": Method(
+        LORA, of_adapters(lambda model, lr, rank: LoRARITE(model, lr, CLIP)), adapter={}, own_clip=True
+    ),
     "AltLoRA+": Method(LORA, of_adapters(lambda model, lr, rank: AltLoRAPlus(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),

@@ -1,4 +1,4 @@
-"""What LoFT's reviewers asked it to be compared with and PEFT does not have: three optimizers of adapters, plainly.
+"""Optimizers of adapters that LoFT is compared with and that PEFT does not have, plainly.
 
 Each is written from its paper, on one pair of factors at a time, without weight decay. A factor is seen as its rows
 ``X`` (k, r), the other one as ``T`` (l, r): ``A.T`` and ``B``, or ``B`` and ``A.T``.
@@ -20,7 +20,7 @@ EPS = 1e-8
 
 
 class PairOptimizer(Optimizer):
-    """An optimizer that moves the factor pairs of a PEFT model, each by :meth:`move`."""
+    """An optimizer that moves the factor pairs of a PEFT model, each by :meth:`move`. It takes no closure."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self._pairs = find_trainable(model).pairs
@@ -83,46 +83,64 @@ def _sylvester(left: Tensor, right: Tensor, value: Tensor) -> Tensor:
 
 
 class AltLoRAPlus(PairOptimizer):
-    """AltLoRA+ (Yu et al., NeurIPS 2025, arXiv 2505.12455): the factors take turns, scaled gradients, aligned momentum.
+    """AltLoRA+ (Yu et al., NeurIPS 2025, arXiv 2505.12455): scaled gradients, momentum aligned with the other factor.
 
-    Its second moment is of the factor's own numbers and is not turned. Bias corrections as Adam's. ``B`` goes first: at
-    PEFT's start ``A`` has no gradient.
+    As in the authors' code both factors move on every step, ``A`` first and ``B`` by the ``A`` that has moved. The
+    second moment is of the factor's own numbers and is not turned. Other than there, momentum is kept as it was
+    aligned, which is the paper's, and both bias corrections are Adam's.
     """
 
     REGULARISATION = 1e-6
 
     def move(self, a: Factor, b: Factor, lr: float) -> None:
-        """The factor whose turn it is."""
-        factor, other = (b, a) if self._steps % 2 else (a, b)
-        rows, fixed = factor.rows_of(factor.param), other.rows_of(other.param)
-        state = self.state[factor.param]
-        identity = torch.eye(fixed.shape[1], dtype=fixed.dtype)
-        inverse = torch.linalg.inv(fixed.mT @ fixed + self.REGULARISATION * identity)
-        if state:
-            state["first"] = state["first"] @ (state["fixed"].mT @ fixed @ inverse)
-        state["fixed"] = fixed.clone()
-        rows.sub_(_adam(state, _gradient(factor) @ inverse, (self._steps + 1) // 2), alpha=lr)
+        """One factor after the other."""
+        for factor, other in ((a, b), (b, a)):
+            rows, fixed = factor.rows_of(factor.param), other.rows_of(other.param)
+            state = self.state[factor.param]
+            identity = torch.eye(fixed.shape[1], dtype=fixed.dtype)
+            inverse = torch.linalg.inv(fixed.mT @ fixed + self.REGULARISATION * identity)
+            if state:
+                state["first"] = state["first"] @ (state["fixed"].mT @ fixed @ inverse)
+            state["fixed"] = fixed.clone()
+            rows.sub_(_adam(state, _gradient(factor) @ inverse, self._steps), alpha=lr)
 
 
 class LoRARITE(PairOptimizer):
     """LoRA-RITE (Yen et al., ICLR 2025, arXiv 2410.20625): r x r second moments in the other factor's own basis.
 
-    The same for every pair with the same product ``B A``. Clipping is that of all methods here, by the gradients' norm,
-    where the authors' code clips by the norm of unmagnified ones.
+    The same for every pair with the same product ``B A``. It clips by the norm of its "unmagnified" gradients, as the
+    authors' code does; what has escaped from a basis is kept, as in the paper, which that code leaves out by default.
     """
 
     EPS = 1e-6
 
-    def move(self, a: Factor, b: Factor, lr: float) -> None:
-        """Both factors, each by the other as it was."""
-        steps = {factor: self._step(factor, other) for factor, other in ((a, b), (b, a))}
-        for factor, step in steps.items():
-            factor.rows_of(factor.param).sub_(step, alpha=lr)
+    def __init__(self, model: nn.Module, lr: float, max_grad_norm: float = torch.inf) -> None:
+        super().__init__(model, lr)
+        self._max_grad_norm = max_grad_norm
 
-    def _step(self, factor: Factor, other: Factor) -> Tensor:
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of every pair, once the norm of all of them is known."""
+        seen = [self._see(*pair) for a, b in self._pairs for pair in ((a, b), (b, a))]
+        norm = sum(float(gradient.square().sum()) for _, _, _, gradient in seen) ** 0.5
+        self._clip = min(1.0, self._max_grad_norm / norm) if norm else 1.0
+        self._seen = {factor: rest for factor, *rest in seen}
+        super().step()
+
+    @staticmethod
+    def _see(factor: Factor, other: Factor) -> tuple[Factor, Tensor, Tensor, Tensor]:
+        """A factor, the other's basis (l, r) and inverse magnitude (r, r), and the "unmagnified" gradient (k, r)."""
         basis, magnitude = torch.linalg.qr(other.rows_of(other.param))
         inverse = torch.linalg.pinv(magnitude)
-        gradient = _gradient(factor) @ inverse  # "unmagnified", (k, r)
+        return factor, basis, inverse, _gradient(factor) @ inverse
+
+    def move(self, a: Factor, b: Factor, lr: float) -> None:
+        """Both factors, each by the other as it was."""
+        for factor in (a, b):
+            factor.rows_of(factor.param).sub_(self._step_of(factor, *self._seen.pop(factor)), alpha=lr)
+
+    def _step_of(self, factor: Factor, basis: Tensor, inverse: Tensor, gradient: Tensor) -> Tensor:
+        gradient = self._clip * gradient
         state = self.state[factor.param]
         if not state:
             rank = basis.shape[1]

@@ -7,9 +7,9 @@ A cell is one linear layer of a real model at one rank. All methods of a cell ru
 by sample, and so do the matrix product and the copy whose rates give the floor: what else the machine does hits all of
 them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
 
-In the cells LoFT moves both factors of a pair on every step at ranks 1 and 4, and one at the others; the authors' code
-moves one at every rank. At rank 16 LoFT moves both by default, which takes twice the time: the share of a training step
-is that of both.
+The authors' code moves one factor of a pair a step. So does LoFT in the cells of rank 16 and above ("alternate"), that
+like be compared with like; at 16 its default is to move both, which takes twice the time. At ranks 1 and 4 it moves
+both ("joint"). The share of a training step is given for the default and for alternating factors.
 
 The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
 with packed second moments (no square root, no division) and every number of its state read and written once.
@@ -49,11 +49,17 @@ MODELS = {
     "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
 RANKS = [1, 4, 16, 64, 128]
-JOINT_CELLS = 4  # the highest rank of a cell in which both factors move
 LOFT, ALTERNATE, SIMPLE, OFFICIAL = "LoFT", "LoFT alternating", "LoFT simple", "authors' LoFT"
 FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
 METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
 Turns = Literal["auto", "alternate", "joint"]
+
+
+def turns_of(rank: int) -> Turns:
+    """What LoFT's factors do in a cell of this rank."""
+    return "joint" if rank <= 4 else "alternate"
+
+
 PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
 GIB = 2**30
 
@@ -129,14 +135,11 @@ def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) 
         parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
         return Step(torch.optim.AdamW([parameter], fused=True), [parameter])
     model = adapted_linear(shape, rank, device)
-    turns: Turns = "joint" if rank <= JOINT_CELLS else "alternate"
-    return Step(optimizer_of(method, model, turns), [p for p in model.parameters() if p.requires_grad])
+    return Step(optimizer_of(method, model, turns_of(rank)), [p for p in model.parameters() if p.requires_grad])
 
 
 def optimizer_of(method: str, model: nn.Module, turns: Turns = "auto") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if method == ALTERNATE:
-        return LoFTAdamW(model, lr=1e-4, turns="alternate")
     if method in (LOFT, SIMPLE):
         return LoFTAdamW(model, lr=1e-4, turns=turns, second_moment="matrix" if method == LOFT else "elementwise")
     if method == OFFICIAL:
@@ -149,7 +152,7 @@ def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     move jointly, of both.
     """
     packed = rank * (rank + 1) // 2
-    joint = rank <= JOINT_CELLS
+    joint = turns_of(rank) == "joint"
     gradients = 1 if joint else 2  # that a factor has taken since its last turn
     operations = numbers = 0
     for k, l in (shape, shape[::-1]):  # noqa: E741
@@ -236,6 +239,7 @@ def measure_cell(
     return {
         "shape": list(shape),
         "rank": rank,
+        "turns": turns_of(rank),
         "methods": {m: results[m] for m in methods},
         "product_flops": rate["flops"],
         "copy_bytes": rate["bytes"],
@@ -266,8 +270,8 @@ def measure_training(rank: int, device: torch.device, repeats: int) -> dict[str,
     def forward_backward() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
 
-    kinds = [m for m in METHODS if m not in (OFFICIAL, FULL)]
-    optimizers = {m: optimizer_of(m, model) for m in (LOFT, ALTERNATE, *kinds[1:])}
+    optimizers = {m: optimizer_of(m, model) for m in (LOFT, SIMPLE, FOREACH, FUSED)}
+    optimizers[ALTERNATE] = optimizer_of(LOFT, model, "alternate")
     samples: dict[str, list[float]] = {name: [] for name in ["forward and backward", *optimizers]}
     for repeat in range(-1, repeats):
         elapsed = []
@@ -296,7 +300,7 @@ def show_bytes(value: float) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -317,13 +321,13 @@ def report(data: dict[str, Any]) -> Iterator[str]:
         methods = [m for m in METHODS if m in cells[0]["methods"]]
         for title, key, show in (("seconds", "seconds", show_time), ("extra memory", "extra_bytes", show_bytes)):
             yield f"## {model}: {title}"
-            header = ["(out, in)", "r", *methods]
+            header = ["(out, in)", "r", "LoFT's factors", *methods]
             if key == "seconds":
                 header += ["floor", "floor / LoFT", "authors' / LoFT"]
             rows = []
             for cell in cells:
                 values = [cell["methods"][m] for m in methods]
-                row = [str(tuple(cell["shape"])), str(cell["rank"])]
+                row = [str(tuple(cell["shape"])), str(cell["rank"]), cell["turns"]]
                 row += [show(v[key]) if key in v else v["note"] for v in values]
                 if key == "seconds":
                     loft, official = cell["methods"][LOFT].get(key), cell["methods"].get(OFFICIAL, {}).get(key)
@@ -352,8 +356,8 @@ def report(data: dict[str, Any]) -> Iterator[str]:
                 f"{show_time(run['seconds'][n])} ({run['seconds'][n] / (base + run['seconds'][n]):.1%})"
                 for n in names[1:]
             ]
-            rows.append([str(run["rank"]), *row])
-        yield table(["r", *names], rows)
+            rows.append([str(run["rank"]), str(run["tokens"]), *row])
+        yield table(["r", "tokens", *names], rows)
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -420,7 +424,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="folder for step_time.json, .md and .png")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.training_only and (arguments.quick or not arguments.output):
+        parser.error("--training-only needs the folder of the cells, --output, and no --quick")
+    return arguments
 
 
 def main() -> None:
@@ -445,8 +452,8 @@ def main() -> None:
         "training": [],
     }
     if arguments.training_only:
-        data = {**json.loads((arguments.output / "step_time.json").read_text()), "training": []}
-        models = []
+        data, models = json.loads((arguments.output / "step_time.json").read_text()), []
+        data["training"] = [run for run in data["training"] if run["rank"] not in arguments.training_ranks]
     for model in models:
         shapes = MODELS[model][:1] if arguments.quick or arguments.square else MODELS[model]
         for shape, rank in itertools.product(shapes, ranks):

@@ -76,7 +76,8 @@ def _how() -> str:
     return (
         "Made from `quality/*.jsonl` by `python benchmarks/quality.py page`. In a study every method has a sweep of "
         "equally many learning rates, a factor of about three apart, the same steps, batches, warm-up (10%), linear "
-        "decay and clipping at 1.0; the rate is chosen on validation data with seed 0 (the factorisation has none, and "
+        "decay and clipping at 1.0, of the norm that a method has of its own (LoFT, LoRA-RITE) or of the trained "
+        "parameters' gradients; the rate is chosen on validation data with seed 0 (the factorisation has none, and "
         "goes by the loss it reports), and trained with the others. A "
         "value is the mean over seeds, with the half width of its 95% confidence interval (Student's t) after the ±; "
         "one seed alone has none. `*`: the best rate lies at the edge of its sweep, so a wider one may do better."
@@ -93,7 +94,7 @@ def _study(frame: pandas.DataFrame, score: str, folder: Path, name: str) -> Iter
     yield (
         f"{len(frame)} trainings of {one['steps']} steps, {frame['seconds'].sum() / 3600:.1f} hours: {devices}; "
         f"{frame['date'].min()} to {frame['date'].max()}; commits {', '.join(commits)}; {versions}. "
-        f"Command: `{one['command']}`."
+        f"Command: `python benchmarks/quality.py {name}`, also by columns (`--methods`)."
     )
     yield ""
     for measure, (heading, has_gap) in MEASURES.items():

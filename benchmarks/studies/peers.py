@@ -31,11 +31,15 @@ class PairOptimizer(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One step of every pair."""
         self._steps += 1
+        self.move_all(self.param_groups[0]["lr"])
+
+    def move_all(self, lr: float) -> None:
+        """Move every pair in place by its gradients, one after the other."""
         for a, b in self._pairs:
-            self.move(a, b, self.param_groups[0]["lr"])
+            self.move(a, b, lr)
 
     def move(self, a: Factor, b: Factor, lr: float) -> None:
-        """Move one pair in place by its gradients."""
+        """Move one pair."""
         raise NotImplementedError
 
 
@@ -118,14 +122,13 @@ class LoRARITE(PairOptimizer):
         super().__init__(model, lr)
         self._max_grad_norm = max_grad_norm
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step of every pair, once the norm of all of them is known."""
+    def move_all(self, lr: float) -> None:
+        """Both factors of all pairs, each by the other as it was, once the norm of all gradients is known."""
         seen = [self._see(*pair) for a, b in self._pairs for pair in ((a, b), (b, a))]
-        norm = sum(float(gradient.square().sum()) for _, _, _, gradient in seen) ** 0.5
-        self._clip = min(1.0, self._max_grad_norm / norm) if norm else 1.0
-        self._seen = {factor: rest for factor, *rest in seen}
-        super().step()
+        norm = sum(float(gradient.square().sum()) for *_, gradient in seen) ** 0.5
+        clip = min(1.0, self._max_grad_norm / norm) if norm else 1.0
+        for factor, basis, inverse, gradient in seen:
+            factor.rows_of(factor.param).sub_(self._step(factor, basis, inverse, clip * gradient), alpha=lr)
 
     @staticmethod
     def _see(factor: Factor, other: Factor) -> tuple[Factor, Tensor, Tensor, Tensor]:
@@ -134,13 +137,7 @@ class LoRARITE(PairOptimizer):
         inverse = torch.linalg.pinv(magnitude)
         return factor, basis, inverse, _gradient(factor) @ inverse
 
-    def move(self, a: Factor, b: Factor, lr: float) -> None:
-        """Both factors, each by the other as it was."""
-        for factor in (a, b):
-            factor.rows_of(factor.param).sub_(self._step_of(factor, *self._seen.pop(factor)), alpha=lr)
-
-    def _step_of(self, factor: Factor, basis: Tensor, inverse: Tensor, gradient: Tensor) -> Tensor:
-        gradient = self._clip * gradient
+    def _step(self, factor: Factor, basis: Tensor, inverse: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[factor.param]
         if not state:
             rank = basis.shape[1]

@@ -29,6 +29,7 @@ def shares(gradient: Tensor, a: Tensor, b: Tensor) -> dict[str, float]:
         By name: what lies in reach of ``B`` alone (rows in the span of ``A``'s), of ``A`` alone (columns in that of
         ``B``'s), of both; and what the best ``A`` of this rank would let ``B`` reach (Eckart and Young).
     """
+    gradient = gradient.double()  # a share may be one of 1e-4, and is one less another
     rows, columns = (span(factor) for factor in (a.T, b))
     whole = float(gradient.square().sum())
     beside_rows = gradient - (gradient @ rows) @ rows.T
@@ -45,7 +46,7 @@ def shares(gradient: Tensor, a: Tensor, b: Tensor) -> dict[str, float]:
 def span(factor: Tensor) -> Tensor:
     """An orthonormal basis (k, r) of the columns of a factor (k, r); columns of zeros for those that it is short of."""
     factor = factor.double()
-    return (factor @ orthonormal_basis(gram(factor, factor)[None])[0]).float()
+    return factor @ orthonormal_basis(gram(factor, factor)[None])[0]
 
 
 def captured(run: Run, task: Task) -> list[dict[str, Any]]:

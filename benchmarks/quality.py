@@ -52,6 +52,7 @@ CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
 EVEN = "LoFT, steps of one length"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
+COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, no warm-up", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
@@ -83,7 +84,7 @@ STUDIES = {
         (
             ((FULL[0],), (None,)),
             ((LOFT, ALTERNATE, PUBLISHED, *LORAS, *PEERS), (8,)),
-            ((*ABLATIONS, *SETTINGS), (8,)),
+            ((*ABLATIONS, *SETTINGS, COLD[1]), (8,)),
         ),
     ),
     "classification": Study(
@@ -103,6 +104,8 @@ STUDIES = {
             ((*LORAS[1:], *PEERS), (2,)),
             ((EVEN,), (1, 2, 16)),
             (SETTINGS, (2,)),
+            (COLD, (2, 1)),
+            ((f"{FULL[1]}, no warm-up",), (None,)),
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),
             ((JOINT,), (64,)),

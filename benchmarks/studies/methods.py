@@ -198,16 +198,20 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT, no clipping": {"max_grad_norm": None},
 }
 LOFT = Method(FULL, loft, adapter={}, own_clip=True)
+PLAIN_LORA = Method(LORA, adamw, adapter={})
+MATRICES = Method(FULL, adamw, matrices_only=True)
 FROM_GRADIENTS = replace(LOFT, adapter=GRADIENT, gradient_batches=4)
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
-    "full, adapted matrices alone": Method(FULL, adamw, matrices_only=True),
+    "full, adapted matrices alone": MATRICES,
+    "full, adapted matrices alone, no warm-up": replace(MATRICES, warm_up=0.0),
     "head alone": Method((0.0,), adamw, matrices_only=True),
     "AdamW, change cut to rank r": Method(FULL, truncated(accumulated=True), matrices_only=True),
     "AdamW, each step cut to rank r": Method(FULL, truncated(accumulated=False), matrices_only=True),
-    "LoRA": Method(LORA, adamw, adapter={}),
-    "LoRA, alpha = r": Method(LORA, adamw, adapter={}, alpha_over_rank=1.0),
-    "LoRA, alpha = 4 r": Method(LORA, adamw, adapter={}, alpha_over_rank=4.0),
+    "LoRA": PLAIN_LORA,
+    "LoRA, no warm-up": replace(PLAIN_LORA, warm_up=0.0),
+    "LoRA, alpha = r": replace(PLAIN_LORA, alpha_over_rank=1.0),
+    "LoRA, alpha = 4 r": replace(PLAIN_LORA, alpha_over_rank=4.0),
     "rsLoRA": Method(LORA, adamw, adapter={"use_rslora": True}),
     "PiSSA": Method(LORA, adamw, adapter={"init_lora_weights": "pissa"}),
     "LoRA-GA": Method(LORA, adamw, adapter=GRADIENT, gradient_batches=4),

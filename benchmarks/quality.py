@@ -53,7 +53,7 @@ AIMED = "LoFT, first directions by factor gradients"
 EVEN = "LoFT, steps of one length"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
-SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, no warm-up", "LoFT, warm-up of 30%")
+SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
 LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
@@ -84,7 +84,7 @@ STUDIES = {
         (
             ((FULL[0],), (None,)),
             ((LOFT, ALTERNATE, PUBLISHED, *LORAS, *PEERS), (8,)),
-            ((*ABLATIONS, *SETTINGS, COLD[1]), (8,)),
+            ((*ABLATIONS, *SETTINGS, *COLD), (8,)),
         ),
     ),
     "classification": Study(

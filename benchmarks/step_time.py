@@ -8,7 +8,7 @@ by sample, and so do the matrix product and the copy whose rates give the floor:
 them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
 
 The authors' code moves one factor of a pair a step. So does LoFT in the cells of rank 16 and above ("alternate"), that
-like be compared with like; at 16 its default is to move both, which takes twice the time. At ranks 1 and 4 it moves
+like be compared with like; at 16 its default is to move both, which is twice the work. At ranks 1 and 4 it moves
 both ("joint"). The share of a training step is given for the default and for alternating factors.
 
 The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
@@ -54,14 +54,13 @@ FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
 METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
 Turns = Literal["auto", "alternate", "joint"]
 
+PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
+GIB = 2**30
+
 
 def turns_of(rank: int) -> Turns:
     """What LoFT's factors do in a cell of this rank."""
     return "joint" if rank <= 4 else "alternate"
-
-
-PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
-GIB = 2**30
 
 
 def synchronize(device: torch.device) -> None:

@@ -50,7 +50,8 @@ WEIGHT, ALONE = "LoFT, first directions from the weight", f"{GRADIENT}, weights 
 LONGER = f"{GRADIENT}, of length 0.2"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
-EVEN = "LoFT, steps of one length"
+STEPS = ("LoFT, steps clipped", "LoFT, steps clipped, no warm-up")
+FULL_STEPS = f"{FULL[1]}, steps clipped"
 CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
@@ -102,7 +103,9 @@ STUDIES = {
             ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
             ((*LORAS[1:], *PEERS), (2,)),
-            ((EVEN,), (1, 2, 16)),
+            (STEPS[:1], (1, 2, 16)),
+            ((FULL_STEPS,), (None,)),
+            (STEPS[1:], (1, 2)),
             (SETTINGS, (2,)),
             (COLD, (2, 1)),
             ((f"{FULL[1]}, no warm-up",), (None,)),
@@ -118,6 +121,8 @@ STUDIES = {
             (FULL[1:], (None,)),
             ((LOFT, "LoRA"), (1, 2, 16)),
             (FULL[:1], (None,)),
+            (STEPS[:1], (1, 2, 16)),
+            ((FULL_STEPS,), (None,)),
             ((PUBLISHED, GRADIENT, "LoRA-FA"), (1,)),
         ),
     ),
@@ -132,6 +137,8 @@ STUDIES = {
             ((PUBLISHED, ALTERNATE), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
+            (STEPS[:1], (2, 16, 1)),
+            ((FULL_STEPS,), (None,)),
         ),
         seeds=5,
     ),
@@ -143,6 +150,8 @@ STUDIES = {
             ((ALTERNATE,), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
+            (STEPS[:1], (2, 16, 1)),
+            ((FULL_STEPS,), (None,)),
         ),
     ),
 }

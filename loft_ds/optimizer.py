@@ -70,6 +70,9 @@ class LoFTAdamW(Optimizer):
             trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.
         offload_second_moment: keep it in CPU memory, pinned where there is an accelerator. Once a turn it passes in
             chunks through the device, where the arithmetic stays; not a bit of the result changes.
+        max_step_rms: update clipping, as in Adafactor (Shazeer and Stern, 2018, section 6): where the root mean square
+            of a matrix's step, before the learning rate, is above it, the step is shortened to it. None, as published,
+            for no bound.
         params: parameters or parameter groups in place of one group of all, to give them ``lr``, ``weight_decay``,
             ``betas`` or ``eps`` of their own. Together they must be the model's trainable parameters.
 
@@ -94,6 +97,7 @@ class LoFTAdamW(Optimizer):
         projected_update: bool = True,
         projected_clipping: bool = True,
         bias_calibration: bool = True,
+        max_step_rms: float | None = None,
         second_moment: Literal["matrix", "elementwise"] = "matrix",
         second_moment_dtype: torch.dtype | None = None,
         offload_second_moment: bool = False,
@@ -111,9 +115,14 @@ class LoFTAdamW(Optimizer):
             )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
+        if max_step_rms is not None and not max_step_rms > 0:
+            raise ValueError(f"max_step_rms must be positive or None, not {max_step_rms}")
+        if max_step_rms is not None and turns == "both":
+            raise ValueError('max_step_rms measures what W moves by; turns="both" counts a part of it twice')
         self.model = model
         self.trainable = find_trainable(model)
         self.max_grad_norm = max_grad_norm
+        self.max_step_rms = max_step_rms
         self.turns = turns
         self.gradient_scaling = gradient_scaling
         self.momentum_calibration = momentum_calibration
@@ -333,6 +342,8 @@ class LoFTAdamW(Optimizer):
                 self.state[factor.name].pop(kind, None)
         for batch, outside in self._outside(steps, following, share.rows, layout):
             steps.update(zip(batch.factors, batch.parts(outside), strict=True))
+        if self.max_step_rms is not None:
+            self._clip_steps(steps, moving, share.rows, layout)
         for batch in batches(moving, share.rows, self.state, lambda f: f in follows):
             batch.store("previous", batch.values().mul_(batch.scaling))
             if not batch.is_empty:
@@ -596,6 +607,33 @@ class LoFTAdamW(Optimizer):
                 quotient = kernels.Quotient(correction1, corrections[pairs], eps, bound)
                 steps[here, rows] = update(momentum[here, rows], chunk, directions[pairs], quotient)
         return batch.parts(steps @ basis.mT.to(batch.dtype) if whole else steps)
+
+    def _clip_steps(
+        self, steps: dict[Factor, Tensor], moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
+    ) -> None:
+        """Shorten the ``steps`` (k, r) of pairs by which ``W`` would move further than ``max_step_rms`` allows.
+
+        What a following factor moves lies outside of what the leading one does: their squared lengths add up.
+        """
+        assert self.max_step_rms is not None
+
+        def stacked(batch: Batch) -> Tensor:
+            return torch.stack(each_pair(steps[f] for f in batch.factors))
+
+        concerned = batches([f for f in moving if layout.concerns(f)], rows, self.state)
+        squares: dict[Factor, Tensor] = {}
+        for batch in concerned:
+            basis = batch.stacked("basis")
+            moved = basis.new_zeros(len(basis)) if batch.is_empty else algebra.squared_lengths(stacked(batch), basis)
+            squares.update(zip(batch.factors, batch.split(moved), strict=True))
+        layout.sum_over_owners([(f, squares[f]) for f in moving if f in squares and not layout.in_one_place(f)])
+        for batch in concerned:
+            if not batch.is_empty:
+                sums = [squares[f] + squares[f.partner] if f.partner in squares else squares[f] for f in batch.factors]
+                numbers = batch.factors[0].count * batch.factors[0].partner.count
+                rms = (torch.stack(sums).flatten() / numbers).sqrt()
+                scale = (self.max_step_rms / rms).clamp(max=1.0).to(batch.dtype)
+                steps.update(zip(batch.factors, batch.parts(stacked(batch) * scale[:, None, None]), strict=True))
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]

@@ -30,6 +30,7 @@ class Oracle:
         projected_update: bool = True,
         projected_clipping: bool = True,
         bias_calibration: bool = True,
+        max_step_rms: float | None = None,
         second_moment: str = "matrix",
     ) -> None:
         self.s, self.lr, self.betas, self.eps, self.wd, self.clip = scaling, lr, betas, eps, weight_decay, max_grad_norm
@@ -49,6 +50,7 @@ class Oracle:
         self.turn_bias = bias_calibration and second_moment_calibration and gradient_scaling
         # What P of a row is whose full gradients are white noise of unit variance.
         self.S = {side: X.new_zeros(r, r) for side, X in self.X.items()}
+        self.max_step_rms = max_step_rms
         self.t = 0
         self.norm = 0.0
 
@@ -105,6 +107,11 @@ class Oracle:
                 correction2 = torch.where(whole > 0, kept / whole, 1.0) if self.turn_bias else 1 - b2**t
                 U = (self.M[side] @ T[side].T / (1 - b1**t)) / ((V / correction2).sqrt() + self.eps)
                 update[side] = U @ T[side] @ inverse[side]
+        lr = self.lr
+        if self.max_step_rms is not None:
+            whole = {side: left[side] @ update[side] @ T[side].T for side in moving}
+            moved = sum(w if side == "B" else w.T for side, w in whole.items())
+            lr *= min(1.0, self.max_step_rms / float(moved.square().mean().sqrt()))
         for side in moving:
             decay = 1 - self.lr * self.wd if side == leading or self.turns == "both" else 1.0
-            self.X[side] = decay * self.X[side] - self.lr * left[side] @ update[side]
+            self.X[side] = decay * self.X[side] - lr * left[side] @ update[side]

@@ -22,6 +22,9 @@ ABLATIONS = [
     {"projected_update": False},
     {"projected_clipping": False},
     {"bias_calibration": False},
+    {"max_step_rms": 0.2},
+    {"max_step_rms": 0.2, "turns": "alternate"},
+    {"max_step_rms": 0.2, "second_moment": "elementwise"},
     {"second_moment": "elementwise"},
     {"second_moment": "elementwise", "turns": "both"},
 ]

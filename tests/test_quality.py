@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quality
-from studies.candidates import EvenLoFT, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from studies.candidates import ClippedAdamW, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from studies.captured import shares
 from studies.methods import METHODS
 from studies.page import write_page
@@ -218,13 +218,15 @@ def test_no_step_leaves_the_trust_region():
     assert max(lengths) < 1.1 * radius
 
 
-def test_steps_are_brought_to_one_length():
-    lr = 1e-3
-    weight, changes = candidate_steps(EvenLoFT, 4, lr)
-    lengths = [float((after - before).norm()) for before, after in itertools.pairwise(changes)]
-    wanted = 0.2 * lr * weight.numel() ** 0.5
-    assert lengths[0] == pytest.approx(wanted, rel=1e-4)  # B = 0 before it: linear; float32
-    assert lengths == pytest.approx([wanted] * 4, rel=0.02)  # four rounds, on moves that are not quite linear
+def test_adamws_steps_are_clipped_to_a_length():
+    torch.manual_seed(0)
+    weight, still = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.ones(5))
+    start, gradient = weight.detach().clone(), torch.randn(7, 5)
+    weight.grad, still.grad = gradient, torch.zeros(5)
+    ClippedAdamW([{"params": [weight, still], "lr": 0.1}], 0.2).step()
+    # AdamW's first step is the sign of the gradient; 1e-5: float32
+    torch.testing.assert_close(weight.detach(), start - 0.02 * gradient.sign(), rtol=0, atol=1e-5)
+    assert torch.equal(still, torch.ones(5))
 
 
 def test_moments_are_gathered_before_the_first_move():

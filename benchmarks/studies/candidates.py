@@ -12,72 +12,33 @@ from torch.optim import AdamW
 from loft_ds import LoFTAdamW
 from loft_ds.adapters import find_trainable
 from loft_ds.algebra import gram
-from loft_ds.factors import Factor
 
 
-class MeasuredLoFT(LoFTAdamW):
-    """LoFT whose steps are measured as moves of the matrix itself, ``s (B1 A1 - B0 A0)``, and brought to a length.
-
-    On the line between the factors before and after a step. On it the move is nearly linear, unless ``B`` is short.
-    """
-
-    ROUNDS = 1
-
-    def wanted(self, factor: Factor, length: float, lr: float) -> float:
-        """The length (Frobenius) that a pair's step of this length is to have."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """LoFT's step, made longer or shorter."""
-        before = {factor: factor.param.clone() for factor in self.trainable.factors}
-        loss = super().step(closure)
-        lr = self.param_groups[0]["lr"]
-        for pair in self.trainable.pairs:
-            for _ in range(self.ROUNDS):
-                length = self._length(pair, before)
-                wanted = self.wanted(pair[0], length, lr)
-                if wanted != length:
-                    for factor in pair:
-                        factor.param.copy_(before[factor].lerp(factor.param, wanted / length))
-        return loss
-
-    @staticmethod
-    def _length(pair: tuple[Factor, Factor], before: dict[Factor, Tensor]) -> float:
-        a, b = pair
-        # One product of (m, 2 r) and (2 r, n): its norm from two Gram matrices.
-        left, right = torch.cat([b.param, -before[b]], dim=1), torch.cat([a.param, before[a]]).T
-        square = (gram(left, left) * gram(right, right)).sum().clamp_min(0)
-        return a.scaling * float(square) ** 0.5
-
-
-class TrustRegionLoFT(MeasuredLoFT):
+class TrustRegionLoFT(LoFTAdamW):
     """LoFT in a trust region of weight space: no step of a matrix is longer than ``RADIUS * lr`` of the matrix itself.
 
-    The radius falls with the learning rate, so that a sweep of rates is one of radii too. Where the line is not
-    straight a step ends within.
+    A longer one is taken back on the line between the factors before and after it. The radius falls with the learning
+    rate, so that a sweep of rates is one of radii too.
     """
 
     RADIUS = 10.0  # a step of 3e-3 of the matrix at a rate of 3e-4
 
-    def wanted(self, factor: Factor, length: float, lr: float) -> float:
-        """As long as the radius at most."""
-        return min(length, self.RADIUS * lr * float(factor.layer.get_base_layer().weight.norm()))
-
-
-class EvenLoFT(MeasuredLoFT):
-    """LoFT whose steps have AdamW's usual length at every rank: ``RMS * lr`` for each number of the matrix.
-
-    A rule by which one learning rate might hold at all ranks (Liu et al. 2025, arXiv 2502.16982, do so for Muon).
-    """
-
-    RMS = 0.2
-    ROUNDS = 4
-
-    def wanted(self, factor: Factor, length: float, lr: float) -> float:
-        """That of a step whose numbers have this root mean square, if there is a step."""
-        weight = factor.layer.get_base_layer().weight
-        return self.RMS * lr * float(weight.numel()) ** 0.5 if length > 0 else length
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """LoFT's step, shortened where it leaves the region."""
+        before = {factor: factor.param.clone() for factor in self.trainable.factors}
+        loss = super().step(closure)
+        lr = self.param_groups[0]["lr"]
+        for a, b in self.trainable.pairs:
+            # s (B1 A1 - B0 A0) as one product of (m, 2 r) and (2 r, n): its norm from two Gram matrices.
+            left, right = torch.cat([b.param, -before[b]], dim=1), torch.cat([a.param, before[a]]).T
+            square = (gram(left, left) * gram(right, right)).sum().clamp_min(0)
+            length = a.scaling * float(square) ** 0.5
+            radius = self.RADIUS * lr * float(a.layer.get_base_layer().weight.norm())
+            if length > radius:
+                for factor in (a, b):
+                    factor.param.copy_(before[factor].lerp(factor.param, radius / length))
+        return loss
 
 
 class LateLoFT(LoFTAdamW):
@@ -92,6 +53,25 @@ class LateLoFT(LoFTAdamW):
         adapters["lr"] = lr if self._taken > self.HOLD else 0.0
         loss = super().step(closure)
         adapters["lr"] = lr
+        return loss
+
+
+class ClippedAdamW(AdamW):
+    """AdamW on whole matrices whose steps are bounded as LoFT's are by ``max_step_rms``."""
+
+    def __init__(self, groups: list[dict[str, Any]], rms: float) -> None:
+        super().__init__(groups, weight_decay=0.0)
+        self._rms = rms
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """AdamW's step, shortened where it is longer."""
+        moved = [(group["lr"], p, p.clone()) for group in self.param_groups for p in group["params"]]
+        loss = super().step(closure)
+        for lr, p, before in moved:
+            rms = float((p - before).square().mean().sqrt())
+            if rms > self._rms * lr:
+                p.copy_(before.lerp(p, self._rms * lr / rms))
         return loss
 
 

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import LoFTAdamW
 
-from .candidates import EvenLoFT, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from .candidates import ClippedAdamW, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
 from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
@@ -135,6 +135,12 @@ def adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer
     return [AdamW(_groups(model, head, lr), weight_decay=0.0)]
 
 
+def clipped_adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
+    """AdamW on all that is trained, with the matrices' steps bounded in length and the head's not."""
+    apart = [AdamW([head], weight_decay=0.0)] if head["params"] else []
+    return [ClippedAdamW([{"params": _rest(model, head), "lr": lr}], STEP_RMS), *apart]
+
+
 def loft(
     model: nn.Module,
     head: Group,
@@ -177,6 +183,7 @@ def lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
 
 GRADIENT = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
+STEP_RMS = 0.2  # AdamW's usual one (Liu et al. 2025, arXiv 2502.16982)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT": {},
@@ -192,7 +199,7 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT without projected clipping": {"projected_clipping": False},
     "LoFT simple": {"second_moment": "elementwise"},
     "LoFT, trust region": {"kind": TrustRegionLoFT},
-    "LoFT, steps of one length": {"kind": EvenLoFT},
+    "LoFT, steps clipped": {"max_step_rms": STEP_RMS},
     "LoFT, second moment warmed up": {"kind": LateLoFT},
     "LoFT, eps 1e-6": {"eps": 1e-6},
     "LoFT, no clipping": {"max_grad_norm": None},
@@ -205,6 +212,7 @@ METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": MATRICES,
     "full, adapted matrices alone, no warm-up": replace(MATRICES, warm_up=0.0),
+    "full, adapted matrices alone, steps clipped": Method(FULL, clipped_adamw, matrices_only=True),
     "head alone": Method((0.0,), adamw, matrices_only=True),
     "AdamW, change cut to rank r": Method(FULL, truncated(accumulated=True), matrices_only=True),
     "AdamW, each step cut to rank r": Method(FULL, truncated(accumulated=False), matrices_only=True),
@@ -234,6 +242,7 @@ METHODS: dict[str, Method] = {
     "AltLoRA+": Method(LORA, of_adapters(lambda model, lr, rank: AltLoRAPlus(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
+    "LoFT, steps clipped, no warm-up": replace(LOFT, warm_up=0.0, switches={"max_step_rms": STEP_RMS}),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
     "LoFT, first directions from gradients": FROM_GRADIENTS,
     "LoFT, first directions from gradients, weights left alone": replace(FROM_GRADIENTS, weights_left_alone=True),

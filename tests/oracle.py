@@ -111,7 +111,7 @@ class Oracle:
         if self.max_step_rms is not None:
             whole = {side: left[side] @ update[side] @ T[side].T for side in moving}
             moved = sum(w if side == "B" else w.T for side, w in whole.items())
-            lr *= min(1.0, self.max_step_rms / float(moved.square().mean().sqrt()))
+            lr *= float((self.max_step_rms / moved.square().mean().sqrt()).clamp(max=1.0))
         for side in moving:
             decay = 1 - self.lr * self.wd if side == leading or self.turns == "both" else 1.0
             self.X[side] = decay * self.X[side] - lr * left[side] @ update[side]

@@ -98,6 +98,7 @@ VARIANTS = {
     "factor": {"projected_update": False},
     "unscaled": {"gradient_scaling": False},
     "uncalibrated": {"second_moment_calibration": False},
+    "clipped steps": {"max_step_rms": 0.2},
 }
 
 

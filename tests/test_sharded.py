@@ -288,6 +288,9 @@ CASES = {
     "joint_3": (3, 3, {"turns": "joint"}),
     "no_alternation": (2, 2, {"turns": "both"}),
     "elementwise": (3, 3, {"second_moment": "elementwise"}),
+    "clipped_steps_1": (3, 1, {"max_step_rms": 0.2, "turns": "alternate"}),
+    "clipped_steps_2": (2, 2, {"max_step_rms": 0.2}),
+    "clipped_steps_3": (4, 3, {"max_step_rms": 0.2}),
 }
 
 
@@ -296,7 +299,7 @@ CASES = {
 def test_settings(ranks, name, grouped):
     """Every way DeepSpeed lays slices out, with all parameters in one group and with each pair in two."""
     world, stage, kwargs = CASES[name]
-    own = {key: kwargs[key] for key in ("turns", "second_moment") if key in kwargs}
+    own = {key: kwargs[key] for key in ("turns", "second_moment", "max_step_rms") if key in kwargs}
     steps = 5 if name == "no_alternation" else 20  # both factors at once overshoot, and rounding grows with each step
     outcomes = ranks(world)(train_sharded, stage, steps, grouped=grouped, betas=BETAS, **kwargs)
     single = plain(steps, grouped=grouped, **own)

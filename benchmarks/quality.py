@@ -56,7 +56,8 @@ CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
-LORAS = ("LoRA", "LoRA, alpha = r", "LoRA, alpha = 4 r", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
+ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
+LORAS = ("LoRA", *ALPHAS, "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
 
 
@@ -112,6 +113,7 @@ STUDIES = {
             ((*ABLATIONS, AIMED), (2,)),
             ((CUT,), (1, 16)),
             ((JOINT,), (64,)),
+            (ALPHAS, (16, 1)),
         ),
         reference=3e-4,
     ),

@@ -54,10 +54,10 @@ class LoFTAdamW(Optimizer):
             outside, so that ``W`` moves by the projection of the full step on all that the two can reach. "auto": pairs
             of rank ``JOINT_RANK`` or less jointly, others alternately, which is half the work. Test loss, joint to
             alternate: MiniLM on R8, three seeds, 0.405 to 0.446 at rank 1, 0.374 to 0.428 at 2, 0.298 to 0.340 at 4,
-            0.260 to 0.262 at 16, 0.252 to 0.234 at 64 (there seed by seed 0.018 ± 0.016 apart); at 16 also 0.470 to 0.488 on film reviews (five seeds) and 4.166 to 4.185 with
-            SmolLM2-135M on Shakespeare (three), seed by seed 0.018 ± 0.023 and 0.019 ± 0.045. On the paper's
-            factorisation, rank 8, it is the other way round: 3.9e-5 to 2.6e-5. "both": both move by all of theirs, and
-            what lies in both is counted twice.
+            0.260 to 0.262 at 16, 0.252 to 0.234 at 64 (seed by seed 0.018 ± 0.016 apart); at 16 also 0.470 to 0.488 on
+            film reviews (five seeds) and 4.166 to 4.185 with SmolLM2-135M on Shakespeare (three), seed by seed
+            0.018 ± 0.023 and 0.019 ± 0.045 apart. On the paper's factorisation, rank 8, it is the other way round:
+            3.9e-5 to 2.6e-5. "both": both move by all of theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
         momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
         second_moment_calibration: block 4. Off: the second moment is not turned.

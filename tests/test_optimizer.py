@@ -241,6 +241,8 @@ def test_unknown_layouts_raise():
         ({"lr": -1.0}, "must not be negative"),
         ({"betas": (1.0, 0.9)}, "betas must lie in"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None"),
+        ({"max_step_rms": 0.0}, "max_step_rms must be positive or None"),
+        ({"max_step_rms": 0.2, "turns": "both"}, "counts a part of it twice"),
         ({"second_moment": "diagonal"}, 'second_moment must be "matrix" or "elementwise"'),
         ({"second_moment_dtype": torch.float16}, "second_moment_dtype must be None, or torch.bfloat16"),
         ({"params": []}, "14 of them are missing"),

@@ -150,11 +150,6 @@ def bias_corrections(directions: Tensor, weights: Tensor) -> Tensor:
     return torch.where(lengths > 0, kept / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
 
 
-def squared_lengths(steps: Tensor, basis: Tensor) -> Tensor:
-    """``||dX @ T.T||_F ** 2`` (b,) of steps ``dX`` (b, k, r) of the rows, by which ``W`` moves; float64."""
-    return (steps.double() @ unscaled_basis(basis)).square().sum((-2, -1))
-
-
 def cauchy_schwarz_bound(beta1: float, beta2: float) -> float:
     """``rho`` of ``|M_ij| <= rho * sqrt(V_ij)``, both before bias correction; infinite where no bound exists.
 

@@ -344,7 +344,7 @@ class LoFTAdamW(Optimizer):
             for kind in ("arrived", "pending"):
                 self.state[factor.name].pop(kind, None)
         for batch, outside in self._outside(steps, following, share.rows, layout):
-            steps.update(zip(batch.factors, batch.parts(outside), strict=True))
+            steps.update(zip(batch.factors, batch.split(outside), strict=True))
         if self.max_step_rms is not None:
             self._clip_steps(steps, moving, share.rows, layout)
         for batch in batches(moving, share.rows, self.state, lambda f: f in follows):
@@ -353,7 +353,10 @@ class LoFTAdamW(Optimizer):
                 values = [rows.values for rows in batch.rows]
                 if batch.factors[0] not in follows:  # W decays once a step
                     torch._foreach_mul_(values, 1 - batch.group["lr"] * batch.group["weight_decay"])
-                torch._foreach_add_(values, [steps.pop(f) for f in batch.factors], alpha=-batch.group["lr"])
+                moved = torch.stack(each_pair(steps.pop(f) for f in batch.factors))
+                if self._projects:
+                    moved = moved @ batch.stacked("basis").mT.to(batch.dtype)
+                torch._foreach_add_(values, batch.parts(moved), alpha=-batch.group["lr"])
         for part in share.others:
             self._adamw(part, coefficient)
         layout.write(moving)
@@ -542,11 +545,16 @@ class LoFTAdamW(Optimizer):
             torch._foreach_mul_(batch.each("second_moment"), beta2)
             torch._foreach_addcmul_(batch.each("second_moment"), published, published, value=1 - beta2)
 
+    @property
+    def _projects(self) -> bool:
+        """Whether a step is the projection of a full one, and in orthonormal coordinates until it is applied."""
+        return self.projected_update and self.second_moment == "matrix"
+
     def _partners(
         self, moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
     ) -> Iterable[Mapping[Factor, Tensor | None]]:
         """Moving factors with their partners' whole rows (l, r), or None where the update does not need them."""
-        if self.projected_update and self.second_moment == "matrix":
+        if self._projects:
             yield from layout.gather(moving)
         else:
             yield dict.fromkeys(f for f in moving if rows[f].count)
@@ -566,7 +574,8 @@ class LoFTAdamW(Optimizer):
         rotations: Mapping[Factor, tuple[Tensor, Tensor]],
         second_moments: kernels.Resident | kernels.Stream,
     ) -> Iterable[Tensor]:
-        """What the learning rate is multiplied with: ``U @ T @ C^-1`` (k, r) of each factor.
+        """What the learning rate is multiplied with, of each factor: ``U @ Q`` (k, r), the coordinates of
+        ``U @ T @ C^-1``; without the projection the factor's own step.
 
         Before that, in the same pass, second moments are calibrated and this step's and the last one's gradients added.
         """
@@ -577,7 +586,7 @@ class LoFTAdamW(Optimizer):
         if self.second_moment == "elementwise":
             momentum = momentum @ basis.mT.to(batch.dtype)
             steps = (momentum / correction1) / ((batch.stacked("second_moment") / (1 - beta2**t)).sqrt_().add_(eps))
-            return batch.parts(steps)
+            return batch.split(steps)
         same = self.momentum_calibration == self.second_moment_calibration
         bound = algebra.cauchy_schwarz_bound(beta1, beta2) if same else math.inf
         whole = each_pair(partner for f in batch.factors if (partner := partners[f]) is not None)
@@ -609,7 +618,7 @@ class LoFTAdamW(Optimizer):
                 )
                 quotient = kernels.Quotient(correction1, corrections[pairs], eps, bound)
                 steps[here, rows] = update(momentum[here, rows], chunk, directions[pairs], quotient)
-        return batch.parts(steps @ basis.mT.to(batch.dtype) if whole else steps)
+        return batch.split(steps)
 
     def _clip_steps(
         self, steps: dict[Factor, Tensor], moving: Sequence[Factor], rows: dict[Factor, Rows], layout: Layout
@@ -626,9 +635,14 @@ class LoFTAdamW(Optimizer):
         concerned = batches([f for f in moving if layout.concerns(f)], rows, self.state)
         squares: dict[Factor, Tensor] = {}
         for batch in concerned:
-            basis = batch.stacked("basis")
-            moved = basis.new_zeros(len(basis)) if batch.is_empty else algebra.squared_lengths(stacked(batch), basis)
-            squares.update(zip(batch.factors, batch.split(moved), strict=True))
+            if batch.is_empty:
+                lengths = batch.stacked("basis").new_zeros(len(batch.factors) * batch.factors[0].experts)
+            else:
+                moved = stacked(batch).double()
+                if not self._projects:
+                    moved = moved @ algebra.unscaled_basis(batch.stacked("basis"))
+                lengths = moved.square().sum((-2, -1))
+            squares.update(zip(batch.factors, batch.split(lengths), strict=True))
         layout.sum_over_owners([(f, squares[f]) for f in moving if f in squares and not layout.in_one_place(f)])
         for batch in concerned:
             if not batch.is_empty:
@@ -636,7 +650,7 @@ class LoFTAdamW(Optimizer):
                 numbers = batch.factors[0].count * batch.factors[0].partner.count
                 rms = (torch.stack(sums).flatten() / numbers).sqrt()
                 scale = (self.max_step_rms / rms).clamp(max=1.0).to(batch.dtype)
-                steps.update(zip(batch.factors, batch.parts(stacked(batch) * scale[:, None, None]), strict=True))
+                steps.update(zip(batch.factors, batch.split(stacked(batch) * scale[:, None, None]), strict=True))
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]

@@ -114,6 +114,7 @@ STUDIES = {
             ((CUT,), (1, 16)),
             ((JOINT,), (64,)),
             (ALPHAS, (16, 1)),
+            (ABLATIONS, (16,)),
         ),
         reference=3e-4,
     ),

@@ -154,6 +154,7 @@ STUDIES = {
             ((ALTERNATE,), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
+            (("LoFT without second-moment calibration",), (16,)),
             (STEPS[:1], (2, 16, 1)),
             ((FULL_STEPS,), (None,)),
         ),

@@ -59,8 +59,11 @@ class LoFTAdamW(Optimizer):
             0.018 ± 0.023 and 0.019 ± 0.045 apart. On the paper's factorisation, rank 8, it is the other way round:
             3.9e-5 to 2.6e-5. "both": both move by all of theirs, and what lies in both is counted twice.
         gradient_scaling: block 2. Off: momentum and second moment are those of the plain factor gradient.
-        momentum_calibration: block 3. Off: momentum is not turned when the other factor moves.
-        second_moment_calibration: block 4. Off: the second moment is not turned.
+        momentum_calibration: block 3. Off: momentum is not turned when the other factor moves: on R8 at rank 16 0.427
+            for 0.260.
+        second_moment_calibration: block 4. Off: the second moment is not turned, and in the full-rank limit this is not
+            AdamW. On R8 at rank 16 that ends at 0.235 for 0.260, by early steps that are shorter: see ``max_step_rms``.
+            On the factorisation, alternating, at 3.9e-4 for 2.6e-5.
         projected_update: block 5. Off: AdamW's quotient is taken on the factor, not on the projected full matrix.
         projected_clipping: block 6. Off: ``max_grad_norm`` bounds the norm of the plain factor gradients.
         bias_calibration: not in the paper. The second moment's bias correction follows its calibration, which forgets

@@ -92,6 +92,10 @@ class Batch:
         experts = self.factors[0].experts
         return list(stacked.unbind() if experts == 1 else stacked.split(experts))
 
+    def joined(self, parts: Mapping[Factor, Tensor]) -> Tensor:
+        """The other way: what each factor has, stacked (b, ., .), a copy."""
+        return torch.stack(each_pair(parts[f] for f in self.factors))
+
     def parts(self, stacked: Tensor) -> list[Tensor]:
         """The same of rows (b, k, r), strided as its values: foreach is one launch then."""
         strides = self.rows[0].values.stride()

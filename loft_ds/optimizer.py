@@ -484,22 +484,19 @@ class LoFTAdamW(Optimizer):
             bases = each_pair(self.state[f.partner.name]["basis"] for f in batch.factors)
             return batch.values().double() @ (batch.scaling * torch.stack(bases))
 
-        def stacked(batch: Batch) -> Tensor:
-            return torch.stack(each_pair(parts[f] for f in batch.factors))
-
         if not following:  # on any rank: the sums below are collectives
             return
         concerned = batches([f for f in following if layout.concerns(f)], rows, self.state)
         products: dict[Factor, Tensor] = {}
         for batch in concerned:
             own = directions(batch)
-            inner = own.mT @ (own if batch.is_empty else stacked(batch).double())
+            inner = own.mT @ (own if batch.is_empty else batch.joined(parts).double())
             products.update(zip(batch.factors, batch.split(inner), strict=True))
         layout.sum_over_owners([(f, products[f]) for f in following if f in products and not layout.in_one_place(f)])
         for batch in concerned:
             if not batch.is_empty:
-                inside = directions(batch) @ torch.stack(each_pair(products[f] for f in batch.factors))
-                yield batch, stacked(batch) - inside.to(batch.dtype)
+                inside = directions(batch) @ batch.joined(products)
+                yield batch, batch.joined(parts) - inside.to(batch.dtype)
 
     def _clip(
         self,
@@ -631,17 +628,13 @@ class LoFTAdamW(Optimizer):
         What a following factor moves lies outside of what the leading one does: their squared lengths add up.
         """
         assert self.max_step_rms is not None
-
-        def stacked(batch: Batch) -> Tensor:
-            return torch.stack(each_pair(steps[f] for f in batch.factors))
-
         concerned = batches([f for f in moving if layout.concerns(f)], rows, self.state)
         squares: dict[Factor, Tensor] = {}
         for batch in concerned:
             if batch.is_empty:
                 lengths = batch.stacked("basis").new_zeros(len(batch.factors) * batch.factors[0].experts)
             else:
-                moved = stacked(batch).double()
+                moved = batch.joined(steps).double()
                 if not self._projects:
                     moved = moved @ algebra.unscaled_basis(batch.stacked("basis"))
                 lengths = moved.square().sum((-2, -1))
@@ -653,7 +646,7 @@ class LoFTAdamW(Optimizer):
                 numbers = batch.factors[0].count * batch.factors[0].partner.count
                 rms = (torch.stack(sums).flatten() / numbers).sqrt()
                 scale = (self.max_step_rms / rms).clamp(max=1.0).to(batch.dtype)
-                steps.update(zip(batch.factors, batch.split(stacked(batch) * scale[:, None, None]), strict=True))
+                steps.update(zip(batch.factors, batch.split(batch.joined(steps) * scale[:, None, None]), strict=True))
 
     def _adamw(self, part: Slice, coefficient: Tensor) -> None:
         state = self.state[part.name]

@@ -34,7 +34,7 @@ import transformers
 from filelock import FileLock
 from torch import nn
 
-from loft_ds.settings import SettingsError
+from loft_ds.zero.config import SettingsError
 from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
 from studies.methods import METHODS
@@ -50,12 +50,9 @@ WEIGHT, ALONE = "LoFT, first directions from the weight", f"{GRADIENT}, weights 
 LONGER = f"{GRADIENT}, of length 0.2"
 CUT, STEP_CUT = "AdamW, change cut to rank r", "AdamW, each step cut to rank r"
 AIMED = "LoFT, first directions by factor gradients"
-STEPS = ("LoFT, steps clipped", "LoFT, steps clipped, no warm-up")
-FULL_STEPS = f"{FULL[1]}, steps clipped"
-CANDIDATES = (AIMED, "LoFT, trust region", "LoFT, second moment warmed up")
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
-ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple", "LoFT, counted")))
+ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple")))
 ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
 LORAS = ("LoRA", *ALPHAS, "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
@@ -96,7 +93,7 @@ STUDIES = {
             ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (1,)),
             ((LOFT, ALTERNATE, PUBLISHED, "LoRA"), (16,)),
             ((LOFT, PUBLISHED, "LoRA"), (2,)),
-            ((STEP_CUT, GRADIENT, *CANDIDATES, "LoRA-GA"), (1,)),
+            ((STEP_CUT, GRADIENT, AIMED, "LoRA-GA"), (1,)),
             ((LOFT, "LoRA"), (4,)),
             ((ALTERNATE,), (2, 4)),
             ((ALONE, WEIGHT), (1,)),
@@ -104,9 +101,6 @@ STUDIES = {
             ((LONGER,), (1,)),
             ((LOFT, "LoRA"), (64,)),
             ((*LORAS[1:], *PEERS), (2,)),
-            (STEPS[:1], (1, 2, 16)),
-            ((FULL_STEPS,), (None,)),
-            (STEPS[1:], (1, 2)),
             (SETTINGS, (2,)),
             (COLD, (2, 1)),
             ((f"{FULL[1]}, no warm-up",), (None,)),
@@ -124,9 +118,8 @@ STUDIES = {
             (FULL[1:], (None,)),
             ((LOFT, "LoRA"), (1, 2, 16)),
             (FULL[:1], (None,)),
-            (STEPS[:1], (1, 2, 16)),
             (COLD, (2, 1)),
-            ((f"{FULL[1]}, no warm-up", FULL_STEPS), (None,)),
+            ((f"{FULL[1]}, no warm-up",), (None,)),
             ((PUBLISHED, GRADIENT, "LoRA-FA"), (1,)),
         ),
     ),
@@ -141,8 +134,6 @@ STUDIES = {
             ((PUBLISHED, ALTERNATE), (16,)),
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
-            (STEPS[:1], (2, 16, 1)),
-            ((FULL_STEPS,), (None,)),
         ),
         seeds=5,
     ),
@@ -155,8 +146,6 @@ STUDIES = {
             ((LOFT, "LoRA"), (2,)),
             (FULL[:1], (None,)),
             (("LoFT without second-moment calibration",), (16,)),
-            (STEPS[:1], (2, 16, 1)),
-            ((FULL_STEPS,), (None,)),
         ),
     ),
 }

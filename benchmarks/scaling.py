@@ -48,7 +48,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loft_ds import LoFTAdamW, kernels, plan
 from loft_ds.plan import BUILTIN, Job, shapes_of
-from loft_ds.plan.model import PERSISTENT, REDUCE_BUCKET, division_of
+from loft_ds.plan.division import PERSISTENT, REDUCE_BUCKET, division_of
 from provenance import RESULTS, provenance
 
 if get_accelerator().device_name() == "cpu":

@@ -18,7 +18,7 @@ import pandas
 import torch
 
 from loft_ds.plan import Division, Shapes, received, shapes_of, traffic
-from loft_ds.plan.model import products
+from loft_ds.plan.traffic import products
 from provenance import RESULTS, provenance
 
 MODELS = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-405B")

@@ -11,7 +11,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, TrainingArguments
 
-from loft_ds.settings import SettingsError
+from loft_ds.zero.config import SettingsError
 
 
 class Optimizer(str, Enum):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from loft_ds.settings import SettingsError
+from loft_ds.zero.config import SettingsError
 
 
 class LaunchError(SettingsError):

@@ -26,11 +26,11 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loft_ds.durable import CheckpointError, bound_collectives
-from loft_ds.settings import SettingsError
+from loft_ds import CheckpointError
+from loft_ds.ranks import bound_collectives, collectives_begun, rank_and_world
+from loft_ds.zero.config import SettingsError
 
 NOTE_BYTES = 8192  # written over in place: a full disk must not make a rank look dead
 ERROR_CHARACTERS = 500  # of an error in a note, which stays whole even where JSON spells each with 12 bytes
@@ -53,7 +53,7 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, folder: str | Path, timeout: float) -> None:
-        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._rank, self._world = rank_and_world()
         self._folder = Path(folder) / ".ranks"
         self._timeout = timedelta(seconds=timeout)
         self._interval = min(5.0, timeout / 20)
@@ -107,7 +107,7 @@ class Watch(TrainerCallback):
     def _note(self) -> None:
         with self._lock:
             self._own["beat"] += 1
-            self._own["begun"] = _collectives_begun(self._world)
+            self._own["begun"] = collectives_begun()
             frame = sys._current_frames().get(self._main.ident or 0)
             if frame is not None:
                 code = frame.f_code
@@ -249,12 +249,6 @@ class Watch(TrainerCallback):
 def _is_of_a_collective(error: BaseException | None) -> bool:
     """Whether an error says that other ranks could not be reached: torch's, or gloo's, whose type is RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _collectives_begun(world: int) -> int:
-    """How many collectives of all ranks this one has called, whether they have ended or not."""
-    groups: list[Any] = list(distributed_c10d._world.pg_map)  # Any: torch's type stubs leave the number out
-    return sum(group._get_sequence_number_for_group() for group in groups if group.size() == world)
 
 
 def _reaches_master(seconds: float) -> bool:

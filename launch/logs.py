@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loft_ds.durable import naming
+from loft_ds.checkpoint import naming
 from loft_ds.hf import LoFTTrainer
+from loft_ds.ranks import first_rank
 
 LOG = "log.jsonl"
 
@@ -119,11 +120,11 @@ class JsonLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if first_rank():
             self._write(args, "w", state.log_history)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if first_rank():
             self._write(args, "a", state.log_history[-1:])
 
     def _write(self, args: TrainingArguments, mode: str, entries: list[dict[str, Any]]) -> None:

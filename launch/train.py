@@ -36,7 +36,8 @@ from checks import LaunchError, check_adapters
 from data import blocks, read_documents, tokenize
 from faults import Watch
 from loft_ds import CheckpointError, SaveOnSIGTERM
-from loft_ds.settings import SettingsError, check_loft_settings, read_deepspeed_json
+from loft_ds.ranks import first_rank
+from loft_ds.zero.config import SettingsError, check_loft_settings, read_deepspeed_json
 from logs import LOG, LoggedTrainer
 from report import write_report
 
@@ -161,7 +162,7 @@ def train(argv: list[str] | None = None) -> None:
             leave_saved(trainer, stop.sent_to)
         trainer.save_model()  # first: whatever happens later, the weights are there
         trainer.evaluate()
-        if trainer.is_world_process_zero():
+        if first_rank():
             facts = describe(args, training_args, model)
             facts |= {"train_blocks": len(train_blocks), "eval_blocks": len(eval_blocks)}
             report(Path(training_args.output_dir), facts, trainer.state.log_history)
@@ -183,7 +184,7 @@ def load_model(
 def leave_saved(trainer: LoggedTrainer, sent_to: int) -> NoReturn:
     """Ends this process once all ranks have saved, after SIGTERM reached the rank ``sent_to``."""
     step = trainer.state.global_step
-    if trainer.is_world_process_zero():
+    if first_rank():
         print(
             f"SIGTERM reached rank {sent_to}: saved after step {step}. The same command with "
             "--resume_from_checkpoint True goes on from there.",

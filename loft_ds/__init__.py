@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .blocks import Blocks
     from .checkpoint import load_checkpoint, save_checkpoint
-    from .durable import CheckpointError
+    from .errors import CheckpointError
     from .export import export_adapter
     from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
     from .optimizer import LoFTAdamW
 
 __all__ = [
+    "Blocks",
     "CheckpointError",
     "LoFT",
     "LoFTAdamW",
@@ -26,7 +28,8 @@ __all__ = [
 
 # Imported when first asked for: `python -m loft_ds.plan` needs neither the Trainer nor DeepSpeed, which take seconds.
 _MODULES = {
-    "CheckpointError": "durable",
+    "Blocks": "blocks",
+    "CheckpointError": "errors",
     "LoFTAdamW": "optimizer",
     "export_adapter": "export",
     "load_checkpoint": "checkpoint",

@@ -26,10 +26,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Directions of T whose squared length is below this part of the largest are noise in float64 and are dropped.
-RANK_TOLERANCE = 1e-14
+# Directions of T whose squared length is below this part of the largest are noise and are dropped: in float64 the Gram
+# matrix's own, in float32 that of the rows. Factors that are balanced have lengths like the square roots of those of W:
+# what is dropped is below 1e-8 of W's largest.
+RANK_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-8}
 # Squared pivots of a Cholesky factor that differ by more leave its last columns to rounding: eigenvectors then.
-CHOLESKY_TOLERANCE = 1e-10
+CHOLESKY_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
+# A pair is balanced anew when its factors are so much longer than their product demands, or one so much longer than the
+# other (both of squared lengths).
+SLACK, LOPSIDED = 4.0, 4.0
+# The part of the largest length of W that balancing keeps a direction at which W does not have: it must be well above
+# RANK_TOLERANCE, since the factor that has it is to go on moving W there.
+FLOOR = 1e-2
+# Of one gradient's weight: what of the second moments' average is left in a direction counts as no less.
+LEAST_WEIGHT = 1e-6
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
@@ -69,8 +79,9 @@ def pack(symmetric: Tensor) -> Tensor:
     return symmetric[..., i, j]
 
 
-def unpack(packed: Tensor, rank: int) -> Tensor:
+def unpack(packed: Tensor) -> Tensor:
     """The symmetric matrices (..., r, r) whose upper triangles are ``packed`` (..., r(r+1)/2)."""
+    rank = math.isqrt(2 * packed.shape[-1])
     i, j = torch.triu_indices(rank, rank, device=packed.device)
     full = packed.new_empty(*packed.shape[:-1], rank, rank)
     full[..., i, j] = packed
@@ -78,38 +89,96 @@ def unpack(packed: Tensor, rank: int) -> Tensor:
     return full
 
 
-def orthonormal_basis(grams: Tensor) -> Tensor:
+def orthonormal_basis(grams: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``H`` (b, r, r) with ``T @ H`` orthonormal, from a batch of Gram matrices ``T.T @ T`` (b, r, r) in float64.
 
     ``inv(L).T`` of the Cholesky factor ``L``, many times as fast as eigenvectors; these where ``T`` is short of
     directions, as at PEFT's ``B = 0``. Columns of ``H`` for directions that ``T`` does not have are zero.
+
+    Args:
+        grams: the Gram matrices.
+        dtype: of the rows that they are of: it decides what is a direction and what is rounding.
 
     Raises:
         torch.linalg.LinAlgError: a matrix that is not finite.
     """
     lower, info = torch.linalg.cholesky_ex(grams)
     pivots = torch.diagonal(lower, dim1=-2, dim2=-1).square()
-    sound = (info == 0) & (pivots.amin(dim=-1) > CHOLESKY_TOLERANCE * pivots.amax(dim=-1))
+    sound = (info == 0) & (pivots.amin(dim=-1) > CHOLESKY_TOLERANCE[dtype] * pivots.amax(dim=-1))
     if bool(sound.all()):
-        return _inverse_transposed(lower)
+        return _inverse(lower).mT.contiguous()
     if not bool(grams.isfinite().all()):  # not every library's eigenvectors fail then
         raise torch.linalg.LinAlgError("a Gram matrix is not finite")
     basis = torch.empty_like(grams)
-    basis[sound] = _inverse_transposed(lower[sound])
-    basis[~sound] = _eigenbasis(grams[~sound])
+    basis[sound] = _inverse(lower[sound]).mT
+    basis[~sound] = _eigenbasis(grams[~sound], RANK_TOLERANCE[dtype])
     return basis
 
 
-def _inverse_transposed(lower: Tensor) -> Tensor:
+def _inverse(lower: Tensor) -> Tensor:
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower.mT, identity.expand_as(lower), upper=True)
+    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 
-def _eigenbasis(grams: Tensor) -> Tensor:
+def _eigenbasis(grams: Tensor, tolerance: float) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(grams)
-    kept = eigenvalues > RANK_TOLERANCE * eigenvalues[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    kept = eigenvalues > tolerance * eigenvalues[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     lengths = torch.where(kept, eigenvalues, 1.0).rsqrt()
     return vectors * torch.where(kept, lengths, 0.0).unsqueeze(-2)
+
+
+def unbalanced(left: Tensor, right: Tensor) -> Tensor:
+    """Which pairs (b,) are to be balanced anew, from the Gram matrices (b, r, r) of both factors; none whose product is
+    zero.
+
+    ``|X| |Y| <= 2 sqrt(r) |X Y.T|`` holds for the others, so that rounding the factors rounds the product by no more
+    than that many units; balanced, it is ``sqrt(r)`` at most, and no factors of that product do better.
+    """
+    squares = [torch.diagonal(g, dim1=-2, dim2=-1).sum(-1) for g in (left, right)]
+    product = (left * right).sum((-2, -1))
+    loose = squares[0] * squares[1] > SLACK * left.shape[-1] * product
+    lopsided = torch.maximum(*squares) > LOPSIDED * torch.minimum(*squares)
+    return (loose | lopsided) & (product > 0)
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``C`` and ``D``, with ``C @ D.T = I``, and their inverses (b, r, r): ``X C`` and ``Y D`` have the same product as
+    ``X`` and ``Y``, and equal Gram matrices, those of the square root of the product.
+
+    Of all factors of a product these are the shortest. With ``K`` the Cholesky factor of ``X.T X`` and
+    ``N = K Y.T Y K.T``, ``C = inv(K) N^(1/4)`` and ``D = K.T N^(-1/4)``: a continuous function of both, so that ranks
+    which find it each by themselves agree. Lengths of the product below ``FLOOR`` of the largest count as that much:
+    ``X`` keeps the directions that the product does not have. It is the factor that is shorter of fewer directions.
+
+    Args:
+        left: ``X.T X`` (b, r, r) in float64.
+        right: ``Y.T Y``.
+    """
+    swapped = (_soundness(right) > _soundness(left))[:, None, None]
+    lower = _regular_cholesky(torch.where(swapped, right, left))  # K.T
+    squares, vectors = torch.linalg.eigh(lower.mT @ torch.where(swapped, left, right) @ lower)
+    floor = FLOOR**2 * squares[..., -1:].clamp_min(torch.finfo(left.dtype).tiny)
+    lengths = torch.maximum(squares, floor).pow(0.25).unsqueeze(-2)
+    fourth, inverse_fourth = (vectors * lengths) @ vectors.mT, (vectors / lengths) @ vectors.mT
+    inverse = _inverse(lower)
+    changes = inverse.mT @ fourth, lower @ inverse_fourth
+    inverses = inverse_fourth @ lower.mT, fourth @ inverse
+    c, d = (torch.where(swapped, changes[1 - i], changes[i]) for i in (0, 1))
+    c_inverse, d_inverse = (torch.where(swapped, inverses[1 - i], inverses[i]) for i in (0, 1))
+    return c, d, c_inverse, d_inverse
+
+
+def _regular_cholesky(grams: Tensor) -> Tensor:
+    """Cholesky factors, also where a direction is missing."""
+    largest = torch.diagonal(grams, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(grams.dtype).tiny)
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    return torch.linalg.cholesky(grams + (1e-12 * largest)[:, None, None] * identity)
+
+
+def _soundness(grams: Tensor) -> Tensor:
+    """The smallest pivot over the largest (b,)."""
+    pivots = torch.diagonal(_regular_cholesky(grams), dim1=-2, dim2=-1)
+    return pivots.amin(-1) / pivots.amax(-1)
 
 
 def unscaled_basis(basis: Tensor) -> Tensor:
@@ -120,45 +189,48 @@ def unscaled_basis(basis: Tensor) -> Tensor:
     return torch.linalg.pinv(basis).mT
 
 
-def turned_weights(weights: Tensor, beta2: float, rotation: Tensor | None = None) -> Tensor:
-    """What the weights ``S`` (b, r, r) of the second moments' average are after one more gradient.
+def turned_weights(weights: Tensor, rotation: Tensor) -> Tensor:
+    """What the weights ``S`` (b, r, r) of the second moments' average are in the coordinates that ``R`` leads to.
 
     Not in the paper. Adam divides ``V`` by ``1 - beta2 ** t``, the sum of its weights, since it began at zero. But a
     rotation takes from ``P`` what lies outside the new subspace, as if it had never been seen, and where the subspace
     turns the sum is far less. ``S`` goes with ``P``: it is ``P`` of a row whose full gradients are white noise of unit
-    variance, ``S <- beta2 R.T S R + (1 - beta2) I``. Where ``R`` is orthogonal, as in the full-rank limit, it is
-    ``(1 - beta2 ** t) I``.
-
-    Args:
-        weights: the last step's; zeros at the start.
-        beta2: decay.
-        rotation: (b, r, r), from the last step's coordinates to this one's; None where they are the same.
+    variance, ``R.T S R``, and ``beta2 S + (1 - beta2) I`` after one more gradient. Where ``R`` is orthogonal, as in the
+    full-rank limit, it is ``(1 - beta2 ** t) I``.
     """
-    if rotation is not None:
-        weights = rotation.mT @ weights @ rotation
-    identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
-    return beta2 * weights + (1 - beta2) * identity
+    return rotation.mT @ weights @ rotation
 
 
-def bias_corrections(directions: Tensor, weights: Tensor) -> Tensor:
+def bias_corrections(directions: Tensor, weights: Tensor, beta2: float) -> Tensor:
     """What ``V_ij = q_j P_i q_j^T`` is to be divided by (b, l), of rows ``q_j`` (b, l, r): ``q_j S q_j^T / |q_j|^2``.
 
-    See :func:`turned_weights`. One where ``q_j`` is zero, and with it ``V_ij``.
+    See :func:`turned_weights`. One where ``q_j`` is zero, and with it ``V_ij``. No less than ``LEAST_WEIGHT`` of one
+    gradient's: a direction of which nothing has been seen has neither momentum nor second moment.
     """
     lengths = directions.square().sum(-1)
     kept = ((directions @ weights) * directions).sum(-1)
-    return torch.where(lengths > 0, kept / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
+    part = kept / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+    return torch.where(lengths > 0, part.clamp_min(LEAST_WEIGHT * (1 - beta2)), 1.0)
 
 
-def cauchy_schwarz_bound(beta1: float, beta2: float) -> float:
-    """``rho`` of ``|M_ij| <= rho * sqrt(V_ij)``, both before bias correction; infinite where no bound exists.
+def cauchy_schwarz_bound(beta1: float, beta2: float, step: int) -> float:
+    """``rho`` of ``|M_ij| <= rho * sqrt(V_ij)`` after so many gradients, both before bias correction.
 
-    Holds for any two exponential averages of the same sequence and its square. Rounding can break it where
-    ``V`` is tiny, and then a division by ``eps`` would follow; clamping changes nothing in exact arithmetic.
+    Holds for any two exponential averages of the same sequence and its square: with weights ``w_s = (1 - beta1)
+    beta1^s`` and ``v_s = (1 - beta2) beta2^s`` Cauchy and Schwarz give ``rho^2 = sum_s w_s^2 / v_s``, and the sequence
+    ``w_s / v_s`` attains it. Rounding can break it where ``V`` is tiny, and then a division by ``eps`` would follow;
+    clamping changes nothing in exact arithmetic.
     """
-    if beta1**2 >= beta2:
-        return math.inf
-    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+    ratio = beta1**2 / beta2 if beta2 else math.inf if beta1 else 0.0
+    if ratio == math.inf:  # only the last gradient counts in V
+        return (1 - beta1) if step == 1 else math.inf
+    terms = step if ratio == 1 else (1 - ratio**step) / (1 - ratio)
+    return (1 - beta1) * math.sqrt(terms / (1 - beta2))
+
+
+def longest_quotient(beta1: float, beta2: float, step: int) -> float:
+    """What no number of AdamW's step exceeds before the learning rate, whatever the gradients were; 1 at first."""
+    return cauchy_schwarz_bound(beta1, beta2, step) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 def adamw_update_(

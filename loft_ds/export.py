@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import adapters_of, parameters_of, started_from_gradients
 from .checkpoint import attached
-from .durable import first_rank, together
+from .ranks import first_rank, together
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-# Up to this rank both factors of a pair move on every step, as LoFTAdamW's turns="auto" says.
-JOINT_RANK = 16
-
-
 def shape_of(param: Tensor) -> torch.Size:
     """The parameter's own shape, also while ZeRO stage 3 keeps it partitioned (``ds_shape``, DeepSpeed's
     zero/partition_parameters.py) and ``param.shape`` is ``(0,)``.

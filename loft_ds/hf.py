@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from .checkpoint import last_tag, load_checkpoint, save_checkpoint
-from .durable import CheckpointError, all_gather, naming
+from .checkpoint import CheckpointError, last_tag, load_checkpoint, naming, save_checkpoint
 from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
+from .ranks import all_gather
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -77,13 +77,16 @@ def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:
     """
     from loft_ds.algebra import unpack
 
-    out = {}
+    out, states = {}, optimizer.state
     for factor in optimizer.trainable.factors:
-        elementwise = optimizer.second_moment == "elementwise"
-        for name, state in pairs_in(factor, optimizer.state[factor.name]).items():
+        elementwise = not optimizer.blocks.in_matrices
+        for name, state in pairs_in(factor, states[factor.name]).items():
             state = {kind: t.cpu() if isinstance(t, Tensor) else t for kind, t in state.items()}
             second = state["second_moment"].double()
-            second = torch.diag_embed(second) if elementwise else unpack(second, factor.rank)
+            second = torch.diag_embed(second) if elementwise else unpack(second)
+            if "rotation" in state:
+                turn = state["rotation"].to(second)
+                second = turn.mT @ second @ turn
             if "pending" in state:
                 _, beta2 = optimizer.defaults["betas"]
                 pending = state["pending"].double()

@@ -102,8 +102,9 @@ def train_sharded(
         with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
             params[name] = p.detach().float().cpu().clone()
     outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
-    outcome.steps = {f.name: optimizer.state[f.name]["step"] for f in optimizer.trainable.factors}
-    for factor, partition in getattr(optimizer._layout, "_partitions", {}).items():
+    states = optimizer.state
+    outcome.steps = {f.name: states[f.name]["step"] for f in optimizer.trainable.factors}
+    for factor, partition in getattr(optimizer.attach(), "_partitions", {}).items():
         inside = [int(b) % factor.rank for b in partition.held.edges if 0 < b < factor.numel]
         if any(inside):
             outcome.cuts.append(factor.name)
@@ -111,7 +112,7 @@ def train_sharded(
             outcome.empty.append(factor.name)
     for factor in optimizer.trainable.factors:
         for kind in ("momentum", "second_moment"):
-            size = optimizer.state[factor.name][kind].numel()
+            size = states[factor.name][kind].numel()
             outcome.elements[kind] = outcome.elements.get(kind, 0) + size
     engine.destroy()
     return outcome

@@ -15,8 +15,8 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 
 import loft_ds
-from loft_ds import CheckpointError, LoFTAdamW
-from loft_ds.durable import digest, read_json, write_json
+from loft_ds import Blocks, CheckpointError, LoFTAdamW
+from loft_ds.checkpoint.files import digest, read_json, write_json
 
 STEPS = 8
 
@@ -239,7 +239,7 @@ def test_no_rank_writes_the_whole(ranks, tmp_path):
     ranks(4)(run, 3, 2, save=tmp_path)
     folder = tmp_path / "global_step2"
     sizes = [sum(t.numel() for t in load_file(f).values()) for f in sorted(folder.glob("rank-*"))]
-    alike = 2 * 8 * 9  # basis and weights (r, r) of each factor, with the first rank
+    alike = 3 * 8 * 9  # basis, weights and rotation (r, r) of each factor, with the first rank at most
     assert len(sizes) == 4
     assert max(sizes) < 0.3 * sum(sizes) + alike
     keys = {key.split("|")[0] for f in folder.glob("rank-*") for key in load_file(f)}
@@ -419,8 +419,11 @@ def refusals(rank, world, folder):
     ("model", "kwargs", "difference"),
     [
         ({"rank": 2}, {}, r"lora_A\.default\.weight has shape \[3, 7\], in this model \[2, 7\]"),
-        ({}, {"second_moment": "elementwise"}, "saved with second_moment=matrix, not second_moment=elementwise"),
-        ({}, {"turns": "both"}, "saved with turns=auto, not turns=both"),
+        (
+            {},
+            {"blocks": Blocks(second_moment="elementwise")},
+            "saved with second_moment=matrix, not second_moment=elementwise",
+        ),
         ({"targets": ["0", "2", "4"]}, {}, r"has base_model\.model\.6\.\S+, which this model does not train"),
         ({"targets": ["0", "2", "3", "4", "6"]}, {}, r"has no base_model\.model\.3\.\S+, which this model trains"),
     ],
@@ -445,6 +448,14 @@ def test_another_rule_of_turns_is_refused(tmp_path, monkeypatch):
     plain(3, save=tmp_path)
     monkeypatch.setattr("loft_ds.optimizer.JOINT_RANK", 2)
     assert_refused(tmp_path, "saved with joint_rank=16, not joint_rank=2")
+
+
+def test_the_release_before_is_named(tmp_path):
+    """Its state cannot be gone on from, which is said with what to do instead."""
+    (tmp_path / "global_step3").mkdir()
+    write_json(tmp_path / "global_step3" / "manifest.json", {"format": 1})
+    (tmp_path / "latest").write_text("global_step3")
+    assert_refused(tmp_path, r"global_step3/manifest\.json: was written by loft_ds 0\.1, .* export_adapter there")
 
 
 def test_other_groups_are_refused(tmp_path):

@@ -21,9 +21,12 @@ from launch_helpers import CONFIGS, ROOT, free_port, make_model
 from ranks import CONTEXT
 
 from loft_ds import LoFTAdamW, doctor
+from loft_ds.doctor import checks, meeting
+from loft_ds.doctor.command import parse
+from loft_ds.doctor.job import job_of, read_settings
 from loft_ds.plan import Job, shapes_of
 
-LAUNCHERS = {name for names in doctor.LAUNCHERS for name in names} | {
+LAUNCHERS = {name for names in meeting.LAUNCHERS for name in names} | {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
 }
 ZERO2 = ["--deepspeed", str(CONFIGS / "zero2.json")]
@@ -67,7 +70,9 @@ def test_two_healthy_ranks(ranks, tmp_path, name):
 
 
 def another_torch():
-    return mock.patch("loft_ds.doctor.version", lambda package: "2.0.0" if package == "torch" else version(package))
+    return mock.patch(
+        "loft_ds.doctor.facts.version", lambda package: "2.0.0" if package == "torch" else version(package)
+    )
 
 
 def no_accelerate():
@@ -76,11 +81,11 @@ def no_accelerate():
             raise PackageNotFoundError(package)
         return version(package)
 
-    return mock.patch("loft_ds.doctor.version", known)
+    return mock.patch("loft_ds.doctor.facts.version", known)
 
 
 def another_learning_rate():
-    return mock.patch("loft_ds.doctor.LoFTAdamW", lambda model, lr, eps: LoFTAdamW(model, lr=2 * lr, eps=eps))
+    return mock.patch("loft_ds.doctor.step.LoFTAdamW", lambda model, lr, eps: LoFTAdamW(model, lr=2 * lr, eps=eps))
 
 
 def wrong_sums():
@@ -111,7 +116,7 @@ def a_bad_mount():
 def one_gpu_for_two_ranks():
     fake = mock.Mock()
     fake.device_name.return_value, fake.device_count.return_value = "cuda", 1
-    return mock.patch("loft_ds.doctor.get_accelerator", return_value=fake)
+    return mock.patch("loft_ds.doctor.facts.get_accelerator", return_value=fake)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +190,8 @@ def test_a_batch_size_that_the_ranks_do_not_give(ranks, tmp_path):
     said = "train_batch_size 25 is not train_micro_batch_size_per_gpu 3 * gradient_accumulation_steps 4 * 2 ranks, on"
     assert said in row(table, "DeepSpeed JSON")[1]
     assert status == 1
-    options = doctor.parse(changed(tmp_path, train_batch_size=24, **sizes))
-    assert doctor.read_settings(options, 2)["train_batch_size"] == 24
+    options = parse(changed(tmp_path, train_batch_size=24, **sizes))
+    assert read_settings(options, 2)["train_batch_size"] == 24
 
 
 def test_a_model_that_one_node_does_not_have(ranks, tmp_path):
@@ -204,7 +209,7 @@ def test_the_job_to_plan_is_that_of_the_json():
     shapes = shapes_of("SmolLM2-135M")
 
     def job(zero, *flags):
-        return doctor.job_of(doctor.parse(flags), {"zero_optimization": {"stage": 3, **zero}}, shapes, 8)
+        return job_of(parse(flags), {"zero_optimization": {"stage": 3, **zero}}, shapes, 8)
 
     plain = job({})
     assert (plain.reduce_bucket, plain.persistent) == (Job.reduce_bucket, Job.persistent)
@@ -226,7 +231,7 @@ def test_memory_is_what_is_free_on_the_device_and_in_main_memory():
             {"node": node, "gpu": gpu[rank], "host": host[rank], "disk": disk, "planned": needed, "unplanned": None}
             for rank, node in enumerate(nodes)
         ]
-        found = [doctor._disk(options, everyone, nodes), *doctor._memory(options, everyone, nodes)]
+        found = [checks.check_disk(options, everyone, nodes), *checks.check_memory(options, everyone, nodes)]
         return [(finding.check, finding.well) for finding in found]
 
     well = [("disk", True), ("memory", True), ("main memory", True)]
@@ -272,7 +277,7 @@ def under(launcher, world=2):
 
 
 def test_ranks_that_slurm_starts(tmp_path):
-    (status, table), (other, silence) = started(tmp_path, under(doctor.LAUNCHERS[1]), *ZERO2)
+    (status, table), (other, silence) = started(tmp_path, under(meeting.LAUNCHERS[1]), *ZERO2)
     assert status == other == 0, table + silence
     assert row(table, "ranks") == ("ok", "2 on node0 (1), node1 (1)")
     assert row(table, "LoFT step")[0] == "ok"
@@ -280,7 +285,7 @@ def test_ranks_that_slurm_starts(tmp_path):
 
 
 def test_a_rank_that_cannot_look_at_itself_under_open_mpi(tmp_path):
-    (status, table), (other, _) = started(tmp_path, under(doctor.LAUNCHERS[0]), "--timeout", "60", ill=a_bad_mount)
+    (status, table), (other, _) = started(tmp_path, under(meeting.LAUNCHERS[0]), "--timeout", "60", ill=a_bad_mount)
     assert row(table, "ill") == ("FAIL", "OSError: [Errno 116] Stale file handle: '/shared', on node1 (rank 1)")
     assert row(table, "torch") == ("ok", version("torch"))
     assert status == other == 1
@@ -296,35 +301,35 @@ def no_launcher(monkeypatch):
 
 def test_where_to_meet_under_slurm(no_launcher, tmp_path):
     no_launcher.setenv("PATH", str(tmp_path))
-    for name, value in {**under(doctor.LAUNCHERS[1])[1], "SLURM_JOB_ID": "12345"}.items():
+    for name, value in {**under(meeting.LAUNCHERS[1])[1], "SLURM_JOB_ID": "12345"}.items():
         no_launcher.setenv(name, value)
     no_launcher.setenv("SLURM_JOB_NODELIST", "big[1-2]")
     with pytest.raises(SystemExit, match=r"^doctor: rank 1: MASTER_ADDR not set: export where rank 0 is met$"):
-        doctor.identify()
+        meeting.identify()
     no_launcher.delenv("RANK")
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames big[1-2]" ] && printf "big1\\nbig2\\n"')
     scontrol.chmod(0o755)
-    doctor.identify()
+    meeting.identify()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["1", "2", "1", "big1", "22345"]
 
 
 def test_where_to_meet_under_open_mpi(no_launcher):
-    for name, value in under(doctor.LAUNCHERS[0])[1].items():
+    for name, value in under(meeting.LAUNCHERS[0])[1].items():
         no_launcher.setenv(name, value)
-    no_launcher.setattr(doctor.importlib.util, "find_spec", lambda name: None)  # no mpi4py
+    no_launcher.setattr(meeting.importlib.util, "find_spec", lambda name: None)  # no mpi4py
     with pytest.raises(SystemExit, match="MASTER_ADDR not set"):
-        doctor.identify()
+        meeting.identify()
     no_launcher.delenv("RANK")
     no_launcher.setenv("MASTER_ADDR", "big1")
-    doctor.identify()
+    meeting.identify()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")] == ["1", "2", "29500"]
 
 
 def test_one_task_is_alone(no_launcher):
     no_launcher.setenv("SLURM_NTASKS", "1")
-    doctor.identify()
+    meeting.identify()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loft_ds.settings import SettingsError, check_loft_settings, read_deepspeed_json
+from loft_ds.zero.config import SettingsError, check_loft_settings, read_deepspeed_json
 
 # Stage 3 goes first: it needs the process group earliest, and would find that of a run before it.
 NAMES = ["zero3", "zero0", "zero1", "zero2", "zero2_offload", "zero3_offload"]

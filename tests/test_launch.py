@@ -21,7 +21,7 @@ import train
 from arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
 from checks import LaunchError
 from data import blocks, read_documents, tokenize
-from loft_ds.settings import SettingsError, read_deepspeed_json
+from loft_ds.zero.config import SettingsError, read_deepspeed_json
 from logs import read_log
 
 CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "an apple"}]

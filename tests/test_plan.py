@@ -17,8 +17,9 @@ from scaling import main as scaling_main
 from loft_ds.adapters import find_trainable
 from loft_ds.plan import BUILTIN, GPUS, Division, Job, memory, peak, plan, received, shapes_of, traffic
 from loft_ds.plan.__main__ import largest_rank, main, smallest_stage
-from loft_ds.plan.model import deepspeed_traffic, division_of, products
+from loft_ds.plan.division import division_of
 from loft_ds.plan.shapes import build
+from loft_ds.plan.traffic import deepspeed_traffic, products
 from loft_ds.sharding.exchange import plan_rows
 
 

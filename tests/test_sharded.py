@@ -7,7 +7,7 @@ import torch
 from models import batch, odd_model, relative, trained
 from sharded_run import Outcome, assembled, train_plain, train_sharded
 
-from loft_ds import LoFTAdamW
+from loft_ds import Blocks, LoFTAdamW
 
 BETAS = (0.9, 0.99)
 
@@ -286,11 +286,8 @@ CASES = {
     "persistent": (2, 3, {"zero": {"stage3_param_persistence_threshold": 0}}),
     "joint_2": (3, 2, {"turns": "joint"}),
     "joint_3": (3, 3, {"turns": "joint"}),
-    "no_alternation": (2, 2, {"turns": "both"}),
-    "elementwise": (3, 3, {"second_moment": "elementwise"}),
-    "clipped_steps_1": (3, 1, {"max_step_rms": 0.2, "turns": "alternate"}),
-    "clipped_steps_2": (2, 2, {"max_step_rms": 0.2}),
-    "clipped_steps_3": (4, 3, {"max_step_rms": 0.2}),
+    "elementwise": (3, 3, {"blocks": Blocks(second_moment="elementwise")}),
+    "published": (3, 2, {"blocks": Blocks.published()}),
 }
 
 
@@ -299,10 +296,9 @@ CASES = {
 def test_settings(ranks, name, grouped):
     """Every way DeepSpeed lays slices out, with all parameters in one group and with each pair in two."""
     world, stage, kwargs = CASES[name]
-    own = {key: kwargs[key] for key in ("turns", "second_moment", "max_step_rms") if key in kwargs}
-    steps = 5 if name == "no_alternation" else 20  # both factors at once overshoot, and rounding grows with each step
-    outcomes = ranks(world)(train_sharded, stage, steps, grouped=grouped, betas=BETAS, **kwargs)
-    single = plain(steps, grouped=grouped, **own)
+    own = {key: kwargs[key] for key in ("turns", "blocks") if key in kwargs}
+    outcomes = ranks(world)(train_sharded, stage, 20, grouped=grouped, betas=BETAS, **kwargs)
+    single = plain(20, grouped=grouped, **own)
     if name == "elementwise":  # its second moment is no matrix: the parameters speak for it
         assert (
             relative(
@@ -326,7 +322,7 @@ def test_clipping_is_lofts(ranks, stage, grouped):
     assert_equal(outcomes, single, stage, TOLERANCE[20])
     for ours, theirs in zip(outcomes[0].norms, single.norms, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)  # float32 gradients summed in another order
-    raw = plain(20, max_grad_norm=clip, projected_clipping=False)
+    raw = plain(20, max_grad_norm=clip, blocks=Blocks(projected_clipping=False))
     assert abs(raw.norms[0] - single.norms[0]) > 1e-3 * single.norms[0], "the two norms cannot be told apart"
 
 

@@ -9,70 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from loft_ds import LoFTAdamW
 from loft_ds.adapters import find_trainable
-from loft_ds.algebra import gram
-
-
-class TrustRegionLoFT(LoFTAdamW):
-    """LoFT in a trust region of weight space: no step of a matrix is longer than ``RADIUS * lr`` of the matrix itself.
-
-    A longer one is taken back on the line between the factors before and after it. The radius falls with the learning
-    rate, so that a sweep of rates is one of radii too.
-    """
-
-    RADIUS = 10.0  # a step of 3e-3 of the matrix at a rate of 3e-4
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """LoFT's step, shortened where it leaves the region."""
-        before = {factor: factor.param.clone() for factor in self.trainable.factors}
-        loss = super().step(closure)
-        lr = self.param_groups[0]["lr"]
-        for a, b in self.trainable.pairs:
-            # s (B1 A1 - B0 A0) as one product of (m, 2 r) and (2 r, n): its norm from two Gram matrices.
-            left, right = torch.cat([b.param, -before[b]], dim=1), torch.cat([a.param, before[a]]).T
-            square = (gram(left, left) * gram(right, right)).sum().clamp_min(0)
-            length = a.scaling * float(square) ** 0.5
-            radius = self.RADIUS * lr * float(a.layer.get_base_layer().weight.norm())
-            if length > radius:
-                for factor in (a, b):
-                    factor.param.copy_(before[factor].lerp(factor.param, radius / length))
-        return loss
-
-
-class LateLoFT(LoFTAdamW):
-    """LoFT that only gathers its moments in the first ``HOLD`` steps, and moves the adapters after them."""
-
-    HOLD = 10
-
-    def step(self, closure: Any = None) -> Any:
-        """LoFT's step, of no length at first; the head, which is no part of what is compared, moves from the start."""
-        adapters, self._taken = self.param_groups[0], getattr(self, "_taken", 0) + 1
-        lr = adapters["lr"]
-        adapters["lr"] = lr if self._taken > self.HOLD else 0.0
-        loss = super().step(closure)
-        adapters["lr"] = lr
-        return loss
-
-
-class ClippedAdamW(AdamW):
-    """AdamW on whole matrices whose steps are bounded as LoFT's are by ``max_step_rms``."""
-
-    def __init__(self, groups: list[dict[str, Any]], rms: float) -> None:
-        super().__init__(groups, weight_decay=0.0)
-        self._rms = rms
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """AdamW's step, shortened where it is longer."""
-        moved = [(group["lr"], p, p.clone()) for group in self.param_groups for p in group["params"]]
-        loss = super().step(closure)
-        for lr, p, before in moved:
-            rms = float((p - before).square().mean().sqrt())
-            if rms > self._rms * lr:
-                p.copy_(before.lerp(p, self._rms * lr / rms))
-        return loss
 
 
 class TruncatedAdamW(AdamW):

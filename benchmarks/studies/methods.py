@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from loft_ds import LoFTAdamW
+from loft_ds import Blocks, LoFTAdamW
 
-from .candidates import ClippedAdamW, LateLoFT, TruncatedAdamW, TrustRegionLoFT, aim
+from .candidates import TruncatedAdamW, aim
 from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
@@ -135,22 +135,9 @@ def adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer
     return [AdamW(_groups(model, head, lr), weight_decay=0.0)]
 
 
-def clipped_adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
-    """AdamW on all that is trained, with the matrices' steps bounded in length and the head's not."""
-    apart = [AdamW([head], weight_decay=0.0)] if head["params"] else []
-    return [ClippedAdamW([{"params": _rest(model, head), "lr": lr}], STEP_RMS), *apart]
-
-
-def loft(
-    model: nn.Module,
-    head: Group,
-    lr: float,
-    rank: int,
-    kind: type[LoFTAdamW] = LoFTAdamW,
-    **switches: Any,
-) -> list[Optimizer]:
-    """LoFT, with the paper's blocks switched, or a candidate to take its place."""
-    return [kind(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
+def loft(model: nn.Module, head: Group, lr: float, rank: int, **switches: Any) -> list[Optimizer]:
+    """LoFT."""
+    return [LoFTAdamW(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
 
 
 def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
@@ -183,24 +170,20 @@ def lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
 
 GRADIENT = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
-STEP_RMS = 0.2  # AdamW's usual one (Liu et al. 2025, arXiv 2502.16982)
 LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT": {},
     "LoFT, joint": {"turns": "joint"},
     "LoFT, alternate": {"turns": "alternate"},
-    "LoFT as published": {"turns": "alternate", "bias_calibration": False},
-    "LoFT without bias calibration": {"bias_calibration": False},
-    "LoFT, counted twice": {"turns": "both"},
-    "LoFT without gradient scaling": {"gradient_scaling": False},
-    "LoFT without momentum calibration": {"momentum_calibration": False},
-    "LoFT without second-moment calibration": {"second_moment_calibration": False},
-    "LoFT without projected update": {"projected_update": False},
-    "LoFT without projected clipping": {"projected_clipping": False},
-    "LoFT simple": {"second_moment": "elementwise"},
-    "LoFT, trust region": {"kind": TrustRegionLoFT},
-    "LoFT, steps clipped": {"max_step_rms": STEP_RMS},
-    "LoFT, second moment warmed up": {"kind": LateLoFT},
+    "LoFT as published": {"blocks": Blocks.published()},
+    "LoFT without bias calibration": {"blocks": Blocks(bias_calibration=False)},
+    "LoFT without balancing": {"blocks": Blocks(balancing=False)},
+    "LoFT without gradient scaling": {"blocks": Blocks(gradient_scaling=False)},
+    "LoFT without momentum calibration": {"blocks": Blocks(momentum_calibration=False)},
+    "LoFT without second-moment calibration": {"blocks": Blocks(second_moment_calibration=False)},
+    "LoFT without projected update": {"blocks": Blocks(projected_update=False)},
+    "LoFT without projected clipping": {"blocks": Blocks(projected_clipping=False)},
+    "LoFT simple": {"blocks": Blocks(second_moment="elementwise")},
     "LoFT, eps 1e-6": {"eps": 1e-6},
     "LoFT, no clipping": {"max_grad_norm": None},
 }
@@ -212,7 +195,6 @@ METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": MATRICES,
     "full, adapted matrices alone, no warm-up": replace(MATRICES, warm_up=0.0),
-    "full, adapted matrices alone, steps clipped": Method(FULL, clipped_adamw, matrices_only=True),
     "head alone": Method((0.0,), adamw, matrices_only=True),
     "AdamW, change cut to rank r": Method(FULL, truncated(accumulated=True), matrices_only=True),
     "AdamW, each step cut to rank r": Method(FULL, truncated(accumulated=False), matrices_only=True),
@@ -242,7 +224,6 @@ METHODS: dict[str, Method] = {
     "AltLoRA+": Method(LORA, of_adapters(lambda model, lr, rank: AltLoRAPlus(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
-    "LoFT, steps clipped, no warm-up": replace(LOFT, warm_up=0.0, switches={"max_step_rms": STEP_RMS}),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
     "LoFT, first directions from gradients": FROM_GRADIENTS,
     "LoFT, first directions from gradients, weights left alone": replace(FROM_GRADIENTS, weights_left_alone=True),

@@ -157,7 +157,7 @@ def _round_stochastically(values, seed):  # type: ignore[no-untyped-def]
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
     table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
     gradient,  # (b, k, RANK), contiguous
-    pending,  # (b, k, RANK), contiguous, already rotated
+    pending,  # (b, k, RANK), contiguous
     rotation,  # (b, RANK, RANK), contiguous
     k,
     decay,
@@ -307,8 +307,7 @@ def accumulate_second_moment_(
         tiled.accumulate_second_moment_(packed, gradient, beta2, pending=pending, rotation=rotation, seed=seed)
         return
     gradient = gradient.contiguous()
-    if pending is not None:
-        pending = (pending if rotation is None else pending @ rotation).contiguous()
+    pending = None if pending is None else pending.contiguous()
     laid, table, constants = _stored(packed)
     with torch.cuda.device_of(gradient):
         _accumulate_kernel[(k, count)](

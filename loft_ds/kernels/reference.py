@@ -46,21 +46,21 @@ class Quotient:
 def accumulate_second_moment_(
     packed: Tensor, gradient: Tensor, beta2: float, *, pending: Tensor | None = None, rotation: Tensor | None = None
 ) -> None:
-    """``P <- R.T (b2 P + (1-b2) h h.T) R`` where ``pending`` h and ``rotation`` R are given, then
+    """``P <- R.T P R`` where a ``rotation`` R is given, ``P <- b2 P + (1-b2) h h.T`` where a ``pending`` h is, then
     ``P <- b2 P + (1-b2) g g.T``, for every row, in place.
 
     Args:
         packed: second moments (k, r(r+1)/2).
         gradient: this step's scaled gradient (k, r), in this step's coordinates.
         beta2: decay.
-        pending: scaled gradient (k, r) of the resting step before, in the coordinates before the rotation.
+        pending: scaled gradient (k, r) of the resting step before, in this step's coordinates too.
         rotation: (r, r), from the coordinates before to this step's; None where they are the same.
     """
-    full = unpack(packed, gradient.shape[1])
-    if pending is not None:
-        full = beta2 * full + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
+    full = unpack(packed)
     if rotation is not None:
         full = rotation.T @ full @ rotation
+    if pending is not None:
+        full = beta2 * full + (1 - beta2) * pending[:, :, None] * pending[:, None, :]
     full = beta2 * full + (1 - beta2) * gradient[:, :, None] * gradient[:, None, :]
     packed.copy_(pack(full))
 
@@ -82,7 +82,7 @@ def normalized_update(
         basis: rows ``q_j`` (l, r).
         quotient: this step's corrections, eps and bound.
     """
-    full = unpack(packed, basis.shape[1])
+    full = unpack(packed)
     second = torch.einsum("jr,krs,js->kj", basis, full, basis).clamp_min_(0).sqrt_()
     first = momentum @ basis.T
     if quotient.bound != math.inf:

@@ -157,15 +157,14 @@ def accumulate_second_moment_(
 ) -> None:
     """One pass over the second moments, in place. See :func:`reference.accumulate_second_moment_`.
 
-    The resting step's gradient is rotated instead of its outer product: ``R.T h h.T R = (h R) (h R).T``, so both
-    outer products are added at the end, in the same coordinates.
+    Both outer products are added at the end, in the same coordinates.
 
     Args:
         packed: second moments of b pairs alike, b of (k, r(r+1)/2), of the gradient's dtype or bfloat16 (see
             :mod:`.storage`).
         gradient: (b, k, r).
         beta2: decay.
-        pending: (b, k, r).
+        pending: (b, k, r), in this step's coordinates as the gradient is.
         rotation: (b, r, r).
         seed: chooses the stochastic rounding of a bfloat16 ``packed``; the step number is a good one.
     """
@@ -184,8 +183,7 @@ def accumulate_second_moment_(
         square, half, result = buffers[:, : math.prod(shape)]
         vectors = [math.sqrt(1 - beta2) * gradient[pairs, rows]]
         if pending is not None:
-            turned = pending[pairs, rows] if rotation is None else pending[pairs, rows] @ rotation[pairs]
-            vectors.append(math.sqrt(beta2 * (1 - beta2)) * turned)
+            vectors.append(math.sqrt(beta2 * (1 - beta2)) * pending[pairs, rows])
         recent = torch.stack(vectors, dim=2).flatten(0, 1)
         torch.bmm(recent.mT, recent, out=result)
         tile = read_rows(packed[pairs], rows, dtype)

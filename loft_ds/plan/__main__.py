@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from .division import Job
 from .hardware import GPUS, INTERCONNECTS, USABLE, Gpu
-from .model import OFFLOADED, Job, Plan, peak, plan
+from .memory import OFFLOADED, peak
+from .plan import Plan, plan
 from .shapes import BUILTIN, Shapes, shapes_of
 
 GB = 1e9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,14 @@ class Layout(ABC):
         """
         return True
 
+    def sharers(self, factor: Factor) -> int:
+        """How many ranks have a part in the products of a factor's pair."""
+        return 1
+
+    def bucket(self, factor: Factor) -> Hashable:
+        """Factors for which it is the same get their partners together from :meth:`gather`."""
+        return None
+
     @abstractmethod
     def collect(self, param_groups: Sequence[Group]) -> bool:
         """Take what one call of ``Optimizer.step`` carries; True once the step is complete.
@@ -108,10 +116,10 @@ class Layout(ABC):
 
     @abstractmethod
     def gather(self, moving: Sequence[Factor]) -> Iterator[dict[Factor, Tensor]]:
-        """The moving factors with the *whole* of their partners' rows (l, r) or (E, l, r), unscaled, as :meth:`read`
-        found them.
+        """The moving factors with the *whole* of their partners' rows (l, r) or (E, l, r), unscaled, as they are now in
+        what :meth:`read` gave.
 
-        Bucket by bucket; only factors that this rank owns rows of.
+        Bucket by bucket, see :meth:`bucket`; only factors that this rank owns rows of.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -138,6 +138,12 @@ class Sharded(Layout):
     def in_one_place(self, factor: Factor) -> bool:
         here, there = self._partitions[factor].owned.whole, self._partitions[factor.partner].owned.whole
         return here is not None and here == there
+
+    def sharers(self, factor: Factor) -> int:
+        return 1 if self.in_one_place(factor) else len(self._members[factor])
+
+    def bucket(self, factor: Factor) -> Hashable:
+        return None if self.in_one_place(factor) else (factor.width, self._round[factor])
 
     def refresh(self) -> None:
         self._refresh()

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON: unknown keys, values that DeepSpeed refuses, and settings under which LoFT cannot train."""
+"""Read a DeepSpeed JSON: unknown keys, values that DeepSpeed refuses, and settings under which LoFT cannot train."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import pydantic
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
+
+from .unsupported import find_json_refusal
 
 
 class SettingsError(Exception):
@@ -125,51 +127,11 @@ def check_loft_settings(path: str, config: dict[str, Any], *, auto_fp16: bool = 
         auto_fp16: What ``"auto"`` will stand for in ``fp16.enabled``.
 
     Raises:
-        SettingsError: With what to do instead.
+        SettingsError: With what to do instead, from the table in :mod:`loft_ds.zero.unsupported`.
     """
-    zero = config.get("zero_optimization", {})
-    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer") or {}
-    fp16, autocast = config.get("fp16", {}), config.get("torch_autocast", {})
-    in_fp16 = auto_fp16 if fp16.get("enabled") == "auto" else fp16.get("enabled") is True
-    refused = [
-        (
-            "optimizer" in config,
-            "its section 'optimizer' would train in place of LoFT; remove it (--optimizer lora or full may have one)",
-        ),
-        (
-            stage > 0 and config.get("zero_allow_untested_optimizer") is not True,
-            'LoFT under ZeRO needs "zero_allow_untested_optimizer": true',
-        ),
-        (
-            offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer") is not False,
-            'with offload_optimizer LoFT needs "zero_force_ds_cpu_optimizer": false, or DeepSpeedCPUAdam takes its '
-            "place",
-        ),
-        # The rest as loft_ds.sharding.deepspeed and DeepSpeed itself refuse it, once the model is loaded.
-        (
-            stage == 0 and in_fp16 and fp16.get("loss_scale") != 1,
-            "LoFT does not support fp16 at ZeRO stage 0, where DeepSpeed divides the gradients by a loss scale that it "
-            'never multiplied the loss with: use stage 1, which does both, or "bf16"',
-        ),
-        (
-            offload.get("device") == "nvme",
-            'LoFT does not support offload_optimizer.device "nvme": use "cpu"',
-        ),
-        (
-            stage == 3 and (offload.get("super_offload", False) or offload.get("ratio", 1) != 1),
-            "offload_optimizer.super_offload and a ratio below 1 are for DeepSpeedCPUAdam alone: leave them out",
-        ),
-        (zero.get("zenflow") is not None, "LoFT does not support ZenFlow: leave 'zenflow' out"),
-        (zero.get("mics_shard_size", -1) > 0, "LoFT does not support MiCS: leave 'mics_shard_size' out"),
-        (
-            config.get("tensor_parallel", {}).get("autotp_size", 0) > 1,
-            "LoFT does not support tensor parallelism: use data parallelism alone (tensor_parallel.autotp_size 1)",
-        ),
-        (
-            autocast.get("enabled") is True and autocast.get("dtype") in ("fp16", "float16", "half", "torch.float16"),
-            'LoFT does not support torch_autocast in float16: use "fp16" or torch_autocast with bfloat16',
-        ),
-    ]
-    for wrong, advice in refused:
-        if wrong:
-            raise SettingsError(f"{path}: {advice}")
+    fp16 = config.get("fp16") or {}
+    if fp16.get("enabled") == "auto":
+        config = {**config, "fp16": {**fp16, "enabled": auto_fp16}}
+    refusal = find_json_refusal(config)
+    if refusal is not None:
+        raise SettingsError(f"{path}: {refusal}")

@@ -1,0 +1,121 @@
+"""Bytes of a training step on every rank: what stays, what comes and goes, what lies in CPU memory, a checkpoint's.
+
+DeepSpeed's buffers are those of DeepSpeed 0.19, named below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+from ..kernels.tiled import WORKSPACE_BYTES
+from ..sharding.sharded import BUCKET_BYTES
+from .division import DOUBLE, FLOAT, Division, Job, division_of
+from .shapes import Shapes
+
+PREFETCH = 50_000_000  # DeepSpeed's own default (zero/config.py), in elements
+OFFLOADED = {
+    "second_moment": {"second moments"},
+    "optimizer": {"masters", "momentum", "second moments", "pending or previous", "bases", "gradients", "kept rows"},
+    "param": {"base weights", "adapters"},
+}
+STATE = ("momentum", "second moments", "pending or previous")
+
+
+def _padded(numel: int, world: int) -> int:
+    return -(-numel // world)
+
+
+def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[str, Tensor]:
+    """Bytes by kind on every rank, (N,) each, between a backward pass and the optimizer's step.
+
+    DeepSpeed's kinds are as 0.19 allocates them: flat 16-bit weights and the 16-bit gradients of this rank's part
+    (``bit16_groups_flat``, ``averaged_gradients``; stage 3: ``fp16_partitioned_groups_flat``,
+    ``grad_partitions_flat_buffer``), float32 masters, which in fp32 are the weights themselves at stage 0.
+    """
+    division = division or division_of(shapes, job)
+    base, whole = shapes.parameters, sum(division.sizes)
+    sixteen = job.precision == 2
+    gradients: int | Tensor
+    if job.stage == 0:
+        adapters, gradients, masters = whole, whole, whole if sixteen else 0
+    elif job.stage < 3:
+        adapters, gradients, masters = division.size * job.world, division.size + division.cut_gradients, division.size
+    else:
+        part = sum(_padded(numel, job.world) for numel in division.sizes)
+        kept = job.persistent if job.world > 1 else 0  # one rank's part is the whole
+        gathered = sum(numel for numel in division.sizes if numel <= kept)
+        adapters, gradients, masters = part + gathered, part, part
+        base = sum(
+            count * (_padded(numel, job.world) + (numel if numel <= kept else 0))
+            for numel, count in shapes.weights.items()
+        )
+    one = torch.ones(job.world, dtype=torch.int64)
+    rows = {
+        "momentum": FLOAT * (division.elements + division.left),
+        "second moments": job.second_moment * (job.rank + 1) * division.elements // 2 + FLOAT * division.left,
+        "pending or previous": FLOAT * division.elements,
+        "bases": division.bases,
+        "kept rows": FLOAT * division.travelling,
+    }
+    return {
+        "base weights": one * job.precision * base,
+        "adapters": one * job.precision * adapters,
+        "gradients": one * job.precision * gradients,
+        "masters": one * FLOAT * masters,
+        **{kind: part.expand(job.world) for kind, part in rows.items()},
+        "reduce buckets": one * (job.precision * job.reduce_bucket if job.stage == 3 else 0),
+    }
+
+
+def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
+    """Bytes of what comes and goes within a step, the largest of any rank; an estimate from the code, not measured.
+
+    Of the optimizer: rows and gradients of both sides in float32, what an exchange of one side holds at once, the
+    gathered partners, the step of what moves, the kernels' workspace. At stage 3 the whole weights of two decoder
+    layers, the largest embedding and the prefetch bucket; at stages 1 and 2 the bucket that gradients are reduced in.
+    Activations with checkpointing: the hidden state of every decoder layer, one layer anew (34 bytes a token and
+    feature: Korthikanti et al. 2022, without the attention matrix), and the logits with their gradient in float32.
+    """
+    owned = division.elements.max().item()
+    held = division.size
+    turns = division.turns
+    gathered = 0 if job.stage == 0 else min(4 * turns * BUCKET_BYTES, FLOAT * turns * sum(division.sizes))
+    carried = FLOAT * 5 * held if division.moving else 0
+    optimizer = FLOAT * (held + (3 + turns) * owned) + carried + 3 * gathered + WORKSPACE_BYTES
+    if job.stage == 3:
+        body = shapes.adapted / shapes.depth
+        weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)
+    else:
+        weights = job.precision * (2 * job.reduce_bucket if job.stage else 0)
+    activations = job.tokens * (
+        shapes.depth * shapes.hidden * job.precision
+        + 34 * shapes.hidden * job.precision / 2
+        + shapes.vocabulary * (job.precision + 2 * FLOAT)
+    )
+    return {"optimizer's work": optimizer, "weights in flight": weights, "activations": activations}
+
+
+def checkpoint_bytes(division: Division, job: Job) -> int:
+    """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or previous, bases, weights."""
+    elements, left = int(division.elements.sum()), int(division.left.sum())
+    factors = 3 * FLOAT * elements + job.second_moment * (job.rank + 1) * elements // 2
+    return factors + 2 * DOUBLE * sum(division.shared.values()) + 3 * FLOAT * left
+
+
+def placed(kinds: dict[str, Tensor], offload: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """The kinds of the worst rank that stay on the GPU, and those that lie in CPU memory."""
+    gone = set().union(*(OFFLOADED[what] for what in offload))
+    total = torch.stack([part for kind, part in kinds.items() if kind not in gone] or list(kinds.values())).sum(0)
+    worst = int(total.argmax())
+    here = {kind: float(part[worst]) for kind, part in kinds.items() if kind not in gone}
+    return here, {kind: float(part[worst]) for kind, part in kinds.items() if kind in gone}
+
+
+def peak(shapes: Shapes, job: Job) -> float:
+    """Bytes of GPU memory that a job needs."""
+    division = division_of(shapes, job)
+    here, _ = placed(memory(shapes, job, division), job.offload)
+    return sum(here.values()) + sum(work(shapes, job, division).values())

@@ -1,0 +1,212 @@
+"""LoFT's step on one page: Section 3 of the paper (arXiv 2505.21289) on this rank's rows of a stack of pairs.
+
+:func:`loft_step` is a generator. Of a pair a rank has some rows only; what all ranks that share it know together, it
+yields a question for, and :mod:`.runtime` answers all stacks' questions of a phase by one exchange.
+
+Both factors are treated alike, as the table in :mod:`.algebra` says: rows ``X`` (k, r) and the partner's scaled rows
+``T`` (l, r), with an orthonormal basis ``Q = T @ H``. Coordinates are those of ``Q``.
+
+**No step is longer than AdamW's.** The leading factor moves ``W`` by ``U Q Q.T``: AdamW's quotient ``U``, of which no
+number exceeds :func:`.algebra.longest_quotient`, projected on the span of its partner, and a projection lengthens
+nothing. The following one is turned to the leading one *as it has moved*, and moves ``W`` by a projection of its own
+quotient, on that span and on what lies outside of the span of its own rows. So the move of ``W`` is the sum of the two,
+with no product of two moves in it, and the two are orthogonal; the second is shortened where both together would be
+longer than a quotient can be. It holds for every gradient, and for every length of the factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import algebra, kernels
+from .blocks import Blocks
+from .pairs import Pairs, Side, each_pair, pieces
+
+
+class Phase(IntEnum):
+    """What a step asks the ranks for, in this order. Alternating pairs ask for the first four."""
+
+    OVERLAPS = 0  # sums of products over all rows of a pair
+    NORM = 1  # the coefficient that clips, from squares of this rank's rows and of what all ranks have alike
+    PARTNERS = 2  # the whole rows of the leading factor's partner, and its second moments
+    MOVED = 3  # sums, of the leading factor's rows as they have moved
+    FOLLOWERS = 4  # the same as PARTNERS, of the following factor: its partner has moved
+    OUTSIDE = 5  # sums, for what lies outside of the span of the following factor's own rows
+
+
+class Partner(NamedTuple):
+    """The answer to PARTNERS and FOLLOWERS: whole rows (l, r) of each pair's partner, and how second moments come."""
+
+    rows: Sequence[Tensor]
+    second_moments: kernels.Resident | kernels.Stream
+
+
+Step = Generator[tuple[Phase, Any], Any, None]
+
+
+def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
+    """One step of a stack of pairs, from gradients to moved rows, in place in ``pairs``."""
+    pairs.step += 1
+    lead, follow = both = pairs.in_turn()
+    joint, s = pairs.joint, pairs.scaling
+
+    # 1. Gradient scaling: the gradient of W in an orthonormal basis of the partner, found anew where that has moved.
+    stale = [x for x in both if pairs.step == 1 or pairs.partner(x).before is not None]
+    asked = [overlap for x in stale for overlap in overlaps(pairs.partner(x))]
+    asked += [algebra.gram(follow.rows, follow.gradient)] if joint else []
+    sums = yield Phase.OVERLAPS, asked
+    for x, gram, cross in zip(stale, sums[0::2], sums[1::2], strict=False):
+        turn(x, pairs.partner(x), gram, cross, blocks, s)
+    scaled = [x.gradient @ blocks.coordinates(x.basis).to(x.gradient) for x in both]
+
+    # 2. Clipping, by the norm of the projected full gradients of what is about to move.
+    inner = s * lead.basis.mT @ sums[-1] @ blocks.coordinates(follow.basis) if joint else None
+    clip = yield Phase.NORM, blocks.clipped(both, scaled if joint else scaled[:1], inner)
+    for x, gradient in zip(both, scaled, strict=True):
+        blocks.accumulate(x, gradient.mul_(clip))
+
+    # 3. The leading factor moves by AdamW's step of the full matrix, projected on what it can reach.
+    partner = yield Phase.PARTNERS, lead
+    step = full_step(lead, pairs, partner, blocks)
+    move(lead, step, decay=lead.group["lr"] * lead.group["weight_decay"])
+
+    # 4. Calibration: moments, and what they have not had yet, of the following one turn to where the leading one went.
+    gram, cross, own, length = yield (
+        Phase.MOVED,
+        [*overlaps(lead), overlaps(follow)[0], step.double().square().sum((1, 2))],
+    )
+    turn(follow, lead, gram, cross, blocks, s)
+
+    # 5. The following one moves by what of its own step lies outside: all else the leading one has moved already.
+    growth = torch.zeros_like(cross)
+    if joint:
+        partner = yield Phase.FOLLOWERS, follow
+        step = full_step(follow, pairs, partner, blocks)
+        span = follow.rows.double() @ (s * lead.basis)
+        inner, outer = yield Phase.OUTSIDE, [span.mT @ step.double(), algebra.gram(step, step)]
+        outer = outer - inner.mT @ inner
+        shorter = within_bound(outer, length, pairs, blocks)
+        move(follow, shorter.to(step) * (step - (span @ inner).to(step)))
+        growth = (shorter * follow.group["lr"]) ** 2 * (follow.basis @ outer @ follow.basis.mT)
+
+    # 6. The same product as the shortest factors.
+    if blocks.balancing:
+        balance(lead, follow, algebra.unpack(gram), algebra.unpack(own) + growth)
+
+
+def overlaps(x: Side) -> list[Tensor]:
+    """Products of a side's rows with themselves, a packed triangle (b, r(r+1)/2), and with those before their last move
+    (b, r, r), of this rank's rows, in float64.
+    """
+    before = x.rows if x.before is None else x.before
+    return [algebra.pack(algebra.gram(x.rows, x.rows)), algebra.gram(before, x.rows)]
+
+
+def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s: float) -> None:
+    """Take a side's state to the coordinates of its partner's present rows, from the partner's :func:`overlaps`.
+
+    Second moments follow on their next pass, by ``rotation``.
+
+    Raises:
+        RuntimeError: rows that are not finite.
+    """
+    old, partner.before = x.basis, None
+    gram = algebra.unpack(gram)
+    try:
+        x.basis = algebra.orthonormal_basis(s**2 * gram, x.rows.dtype)
+    except torch.linalg.LinAlgError as error:
+        finite = [bool(each.isfinite().all()) for each in partner.split(gram)]
+        broken = [f.name for f, well in zip(partner.factors, finite, strict=True) if not well]
+        raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
+    of_momentum, of_second_moment = blocks.rotations(old, s**2 * cross, x.basis)
+    x.momentum = x.momentum @ of_momentum.to(x.momentum)
+    x.pending = [gradient @ of_second_moment.to(gradient) for gradient in x.pending]
+    x.weights = algebra.turned_weights(x.weights, of_second_moment)
+    x.rotation = of_second_moment if x.rotation is None else x.rotation @ of_second_moment
+
+
+def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor:
+    """``U Q`` (b, k, r), what the learning rate is multiplied with: AdamW's step of the full matrix in coordinates.
+
+    Before that, in the same pass, second moments are turned and have what was pending.
+    """
+    (beta1, beta2), t, (count, size, _) = x.betas, pairs.step, x.momentum.shape
+    if not blocks.in_matrices:
+        return blocks.elementwise_step(x, t)
+    (*older, gradient), rotation = x.pending, None if x.rotation is None else x.rotation.to(x.momentum)
+    x.pending, x.rotation = [], None
+    bound = algebra.cauchy_schwarz_bound(beta1, beta2, t) if blocks.bounded else math.inf
+    update = kernels.projected_update if blocks.projects else kernels.normalized_update
+    step, rows_of = torch.empty_like(x.momentum), each_pair(partner.rows)
+    for piece in pieces(x.factors[0], size, count) if size else []:
+        directions = x.basis[piece]
+        if blocks.projects:
+            # In float64: the columns of H are long where T is short, and Q must come out orthonormal.
+            directions = torch.stack(rows_of[piece]).double() @ (pairs.scaling * directions)
+        corrections = blocks.corrections(x, directions, piece, t).to(step)
+        directions = directions.to(step)
+        for (some, rows), chunk in partner.second_moments.chunks(x.packed[piece]):
+            here = slice(piece.start + some.start, piece.start + some.stop)
+            kernels.accumulate_second_moment_(
+                chunk,
+                gradient[here, rows],
+                beta2,
+                pending=older[0][here, rows] if older else None,
+                rotation=None if rotation is None else rotation[here],
+                seed=t,
+            )
+            quotient = kernels.Quotient(1 - beta1**t, corrections[some], x.group["eps"], bound)
+            step[here, rows] = update(x.momentum[here, rows], chunk, directions[some], quotient)
+    return step if blocks.projects else step @ algebra.unscaled_basis(x.basis).to(step)
+
+
+def move(x: Side, step: Tensor, decay: float = 0.0) -> None:
+    """Move rows by a step in coordinates (b, k, r). ``W`` decays with the leading factor, once a step."""
+    x.before = x.rows
+    x.rows = x.rows * (1 - decay) - x.group["lr"] * (step @ x.basis.mT.to(step))
+
+
+def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:
+    """What the following factor's step is to be multiplied with (b, 1, 1), so that both are no longer than AdamW's.
+
+    Args:
+        outer: ``D.T D`` of it, of all rows (b, r, r).
+        length: the squared length of the leading factor's step (b,).
+        pairs: the stack.
+        blocks: the method.
+    """
+    if not blocks.bounded:
+        return torch.ones_like(length)[:, None, None]
+    limit = max(algebra.longest_quotient(*x.betas, pairs.step) for x in pairs.sides) ** 2 * pairs.numbers
+    own = torch.diagonal(outer, dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(outer.dtype).tiny)
+    return ((limit - length).clamp_min(0) / own).clamp(max=1).sqrt()[:, None, None]
+
+
+def balance(lead: Side, follow: Side, of_lead: Tensor, of_follow: Tensor) -> None:
+    """Split the pairs' products anew where their factors are longer than these need, or short of directions.
+
+    ``T`` and ``H`` change against each other, so that the coordinates and all state in them stay what they are.
+
+    Args:
+        lead: one side.
+        follow: the other one, perhaps with rows ``before``, which the basis of ``lead`` belongs to.
+        of_lead: the Gram matrices of the rows of ``lead`` (b, r, r).
+        of_follow: those of ``follow``.
+    """
+    # A direction that a factor lacks: the other one keeps it at a part of its largest length, which grows.
+    short = (torch.stack([lead.basis, follow.basis]) == 0).all(dim=-2).any(dim=-1).any(dim=0)
+    chosen = algebra.unbalanced(of_lead, of_follow) | (short & ((of_lead * of_follow).sum((1, 2)) > 0))
+    if not bool(chosen.any()):
+        return
+    c, d, c_inverse, d_inverse = algebra.balance(of_lead[chosen], of_follow[chosen])
+    for x, y, change, inverse in ((lead, follow, c, c_inverse), (follow, lead, d, d_inverse)):
+        x.rows = x.rows.index_put((chosen,), (x.rows[chosen].double() @ change).to(x.rows))
+        if x.before is not None:
+            x.before = x.before.index_put((chosen,), (x.before[chosen].double() @ change).to(x.rows))
+        y.basis = y.basis.index_put((chosen,), inverse @ y.basis[chosen])

@@ -1,0 +1,140 @@
+"""Finds out where an optimizer's master weights lie, when the first gradients arrive, and who trains them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import Trainable, shape_of
+from ..sharding import Layout, Whole
+from .clipping import Clipping
+from .engine import find_engine
+from .stages import layout_of
+
+if TYPE_CHECKING:
+    from ..optimizer import LoFTAdamW
+
+
+class Attachment:
+    """What one LoFTAdamW knows of the engine that steps it.
+
+    Args:
+        optimizer: the optimizer. Its parameters are watched from now on, in place of the LoFTAdamW built before.
+        trainable: what it trains.
+    """
+
+    def __init__(self, optimizer: LoFTAdamW, trainable: Trainable) -> None:
+        self._trainable = trainable
+        self._own = {id(p) for p in trainable.parameters.values()}
+        self._shapes = sorted(shape_of(p) for p in trainable.parameters.values())
+        self._layout: Layout | None = None
+        self._clipping: Clipping | None = None
+        self._arrived: set[int] = set()
+        self._rehearsed = False
+        self._settled = False
+        watch = _Watch(optimizer, self)
+        for p in trainable.parameters.values():
+            watch.over(p)
+
+    def find(self, optimizer: LoFTAdamW) -> Layout | None:
+        """The layout in which gradients arrive; None where DeepSpeed is still building its engine.
+
+        Raises:
+            RuntimeError: DeepSpeed trains the parameters with another optimizer.
+            NotImplementedError: an engine or a setting that LoFT does not know.
+        """
+        if self._layout is None:
+            engine = find_engine(optimizer, self._trainable)
+            if engine is not None:
+                self._layout = layout_of(engine, self._trainable)
+                self._clipping = Clipping(engine)
+            elif self._handed_own_parameters(optimizer):
+                self._layout = Whole(self._trainable.factors, self._trainable.others)
+        return self._layout
+
+    def on_gradient(self, optimizer: LoFTAdamW, param: Tensor) -> None:
+        """Take DeepSpeed's clipping over when a gradient arrives: before the first step would clip.
+
+        Until the first step every backward pass looks anew: one may come before ``deepspeed.initialize``.
+        """
+        if not self._settled:
+            if not self._arrived or id(param) in self._arrived:
+                self._arrived.clear()
+                self._layout = None
+                self.find(optimizer)
+            self._arrived.add(id(param))
+        if self._clipping is not None and self._clipping.pending:
+            norm = self._clipping.take()
+            if optimizer.max_grad_norm not in (None, norm):
+                raise ValueError(
+                    f'"gradient_clipping": {norm} in the DeepSpeed JSON contradicts '
+                    f"max_grad_norm={optimizer.max_grad_norm}: set one of them, or both alike."
+                )
+            optimizer.max_grad_norm = norm
+
+    def to_step(self, optimizer: LoFTAdamW) -> Layout | None:
+        """The layout of the step that ``optimizer.step`` is called for.
+
+        None for the one rehearsal with zero gradients in which DeepSpeed's stage 0 builds its float32 clones
+        (fp16/unfused_optimizer.py, initialize_optimizer_states).
+
+        Raises:
+            RuntimeError: gradients came to this optimizer, but none to the parameters it was built from.
+        """
+        if self._layout is None and self._handed_own_parameters(optimizer):
+            self.find(optimizer)
+        if self._layout is not None:
+            return self._layout
+        handed = [p for group in optimizer.param_groups for p in group["params"]]
+        clones = sorted(p.shape for p in handed) == self._shapes
+        if clones and not self._rehearsed and not any(p.grad is not None and bool(p.grad.any()) for p in handed):
+            self._rehearsed = True
+            return None
+        raise RuntimeError(
+            "LoFTAdamW was called to step, but no gradient reached the parameters of the model it was built from. "
+            "Build it from the very model object that is trained, after peft.get_peft_model."
+        )
+
+    def stepped(self, norm: Tensor) -> None:
+        """A step was taken: from now on the layout stays, and DeepSpeed's reports show LoFT's norm."""
+        self._settled = True
+        if self._clipping is not None:
+            self._clipping.report(norm)
+
+    def _handed_own_parameters(self, optimizer: LoFTAdamW) -> bool:
+        return all(id(p) in self._own for group in optimizer.param_groups for p in group["params"])
+
+
+class _Watch:
+    """What hangs on the parameters: tells of gradients, and finds out who trains when the optimizer is gone.
+
+    It does not keep the optimizer alive. An optimizer that a Trainer dropped for another is dead by the first
+    gradient, and that it should not be is what the watch is for.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, attachment: Attachment) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._attachment = weakref.ref(attachment)
+        self._trainable = attachment._trainable
+        self._handles: list[Any] = []
+
+    def over(self, param: nn.Parameter) -> None:
+        """Watch a parameter, in place of the LoFTAdamW built before."""
+        earlier = getattr(param, "_loft_hook", None)
+        if earlier is not None:
+            earlier.remove()
+        handle = param.register_post_accumulate_grad_hook(self._on_gradient)
+        param._loft_hook = handle  # type: ignore[attr-defined]
+        self._handles.append(handle)
+
+    def _on_gradient(self, param: Tensor) -> None:
+        optimizer, attachment = self._optimizer(), self._attachment()
+        if optimizer is not None and attachment is not None:
+            attachment.on_gradient(optimizer, param)  # type: ignore[arg-type]
+            return
+        for handle in self._handles:
+            handle.remove()
+        find_engine(None, self._trainable)

@@ -145,40 +145,32 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     """``C`` and ``D``, with ``C @ D.T = I``, and their inverses (b, r, r): ``X C`` and ``Y D`` have the same product as
     ``X`` and ``Y``, and equal Gram matrices, those of the square root of the product.
 
-    Of all factors of a product these are the shortest. With ``K`` the Cholesky factor of ``X.T X`` and
-    ``N = K Y.T Y K.T``, ``C = inv(K) N^(1/4)`` and ``D = K.T N^(-1/4)``: a continuous function of both, so that ranks
-    which find it each by themselves agree. Lengths of the product below ``FLOOR`` of the largest count as that much:
-    ``X`` keeps the directions that the product does not have. It is the factor that is shorter of fewer directions.
+    Of all factors of a product these are the shortest. With ``K`` the square root of ``X.T X`` and ``N = K Y.T Y K``,
+    ``C = inv(K) N^(1/4)`` and ``D = K N^(-1/4)``: functions of the matrices, whose eigenvectors are nobody's choice, so
+    that ranks which find them each by themselves agree. Lengths of the product below ``FLOOR`` of the largest count as
+    that much: ``X`` keeps the directions that the product does not have. It is the factor that has more of them.
 
     Args:
         left: ``X.T X`` (b, r, r) in float64.
         right: ``Y.T Y``.
     """
-    swapped = (_soundness(right) > _soundness(left))[:, None, None]
-    lower = _regular_cholesky(torch.where(swapped, right, left))  # K.T
-    squares, vectors = torch.linalg.eigh(lower.mT @ torch.where(swapped, left, right) @ lower)
+    grams = torch.stack([left, right])
+    squares, vectors = torch.linalg.eigh(grams)
+    largest = squares[..., -1:].clamp_min(torch.finfo(left.dtype).tiny)
+    least = (squares / largest)[..., 0]
+    swapped = least[1] > 4 * least[0]  # where neither has more of them, no rank's rounding is to decide
+    of_x = swapped.long(), torch.arange(len(left), device=left.device)
+    of_y = 1 - of_x[0], of_x[1]
+    roots = torch.maximum(squares[of_x], 1e-12 * largest[of_x]).sqrt().unsqueeze(-2)
+    root, inverse_root = ((vectors[of_x] * part) @ vectors[of_x].mT for part in (roots, 1 / roots))
+
+    squares, vectors = torch.linalg.eigh(root @ grams[of_y] @ root)
     floor = FLOOR**2 * squares[..., -1:].clamp_min(torch.finfo(left.dtype).tiny)
-    lengths = torch.maximum(squares, floor).pow(0.25).unsqueeze(-2)
-    fourth, inverse_fourth = (vectors * lengths) @ vectors.mT, (vectors / lengths) @ vectors.mT
-    inverse = _inverse(lower)
-    changes = inverse.mT @ fourth, lower @ inverse_fourth
-    inverses = inverse_fourth @ lower.mT, fourth @ inverse
-    c, d = (torch.where(swapped, changes[1 - i], changes[i]) for i in (0, 1))
-    c_inverse, d_inverse = (torch.where(swapped, inverses[1 - i], inverses[i]) for i in (0, 1))
-    return c, d, c_inverse, d_inverse
-
-
-def _regular_cholesky(grams: Tensor) -> Tensor:
-    """Cholesky factors, also where a direction is missing."""
-    largest = torch.diagonal(grams, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(grams.dtype).tiny)
-    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    return torch.linalg.cholesky(grams + (1e-12 * largest)[:, None, None] * identity)
-
-
-def _soundness(grams: Tensor) -> Tensor:
-    """The smallest pivot over the largest (b,)."""
-    pivots = torch.diagonal(_regular_cholesky(grams), dim1=-2, dim2=-1)
-    return pivots.amin(-1) / pivots.amax(-1)
+    roots = torch.maximum(squares, floor).pow(0.25).unsqueeze(-2)
+    fourth, inverse_fourth = ((vectors * part) @ vectors.mT for part in (roots, 1 / roots))
+    changes = torch.stack([inverse_root @ fourth, root @ inverse_fourth])
+    inverses = torch.stack([inverse_fourth @ root, fourth @ inverse_root])
+    return changes[of_x], changes[of_y], inverses[of_x], inverses[of_y]
 
 
 def unscaled_basis(basis: Tensor) -> Tensor:
@@ -224,6 +216,8 @@ def cauchy_schwarz_bound(beta1: float, beta2: float, step: int) -> float:
     ratio = beta1**2 / beta2 if beta2 else math.inf if beta1 else 0.0
     if ratio == math.inf:  # only the last gradient counts in V
         return (1 - beta1) if step == 1 else math.inf
+    if ratio > 1 and step * math.log(ratio) > 100:  # nothing is left of a bound, and float32 would soon not hold it
+        return math.inf
     terms = step if ratio == 1 else (1 - ratio**step) / (1 - ratio)
     return (1 - beta1) * math.sqrt(terms / (1 - beta2))
 

@@ -35,11 +35,18 @@ else:
 
 
 class LoFT:
-    """The factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-4})``.
+    """LoFT by its name: ``LoFT(model, lr=1e-4)`` is a :class:`LoFTAdamW`.
 
-    Under DeepSpeed that is all. Without it such a Trainer first clips the raw factor gradients by itself: set its
-    ``max_grad_norm`` to 0 and pass LoFT's here.
+    It is also the factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-4})``.
+    Such a Trainer calls ``LoFT()(model, lr=1e-4)``. Under DeepSpeed that is all. Without it the Trainer first clips the
+    raw factor gradients by itself: set its ``max_grad_norm`` to 0 and pass LoFT's here.
     """
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of a model; without one the factory."""
+        if model is None:
+            return super().__new__(cls)
+        return LoFTAdamW(model, *args, **kwargs)
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> LoFTAdamW:
         """Called by the Trainer with its model and the keyword arguments of :class:`LoFTAdamW`."""

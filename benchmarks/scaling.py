@@ -7,7 +7,8 @@
 Without a launcher it spawns the ranks itself, as many as asked for, on however few cores there are. Under one it adds
 its world size to those of the same model, settings and device that ``scaling.json`` has already. Of every rank:
 
-- **bytes**, by kind, of the storages that exist between a backward pass and the optimizer's step, each counted once;
+- **bytes**, by kind, of the storages that exist between a backward pass and the optimizer's step, each counted once:
+  the larger of after a step of ``B`` and after one of ``A``;
 - **traffic** of a step: every c10d operator that torch dispatches, with the sizes of its tensors. ``all_to_all`` counts
   what goes to and comes from others; the others are counted as a ring carries them out: ``(N - 1) / N`` of the whole
   for gather, scatter and reduce, twice that for ``all_reduce``;
@@ -123,6 +124,7 @@ def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
     wrapper, parameters, layout = engine.optimizer, list(engine.module.parameters()), optimizer.attach()
     assert layout is not None
     states = list(optimizer.state.values())
+    sides = [side for stack in optimizer._runtime._stacks for side in stack.sides]
 
     def weights(trained: bool) -> Iterator[Tensor]:
         for p in parameters:
@@ -137,7 +139,10 @@ def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
             yield wrapper.grad_partitions_flat_buffer
 
     def state(*kinds: str) -> Iterator[Tensor]:
-        yield from (s[kind] for s in states for kind in kinds if kind in s)
+        """Of pairs what there is, also of those that this rank owns no rows of and saves nothing of."""
+        yield from (s[kind] for s in states for kind in kinds if kind.startswith("exp_avg") and kind in s)
+        for part in (getattr(side, kind, None) for side in sides for kind in kinds):
+            yield from [] if part is None else part if isinstance(part, list) else [part]
 
     def buckets() -> Iterator[Tensor]:
         for bucket in getattr(wrapper, "ipg_buckets", {}).values():
@@ -151,9 +156,9 @@ def memory_of(engine: Any, optimizer: LoFTAdamW) -> dict[str, int]:
         "gradients": _bytes_of(gradients(), seen),
         "masters": _bytes_of((layout.held(p)[0] for p in parameters if p.requires_grad), seen),
         "momentum": _bytes_of(state("momentum", "exp_avg"), seen),
-        "second moments": _bytes_of(state("second_moment", "exp_avg_sq"), seen),
-        "pending or previous": _bytes_of(state("pending", "previous"), seen),
-        "bases": _bytes_of(state("basis", "weights"), seen),
+        "second moments": _bytes_of(state("second_moments", "exp_avg_sq"), seen),
+        "pending or before": _bytes_of(state("pending", "before"), seen),
+        "bases": _bytes_of(state("basis", "weights", "rotation"), seen),
         "kept rows": _bytes_of(getattr(layout, "_kept", {}).values(), seen),
         "reduce buckets": _bytes_of(buckets(), seen),
     }
@@ -275,14 +280,14 @@ def measure(rank: int, world: int, setup: Setup) -> Measured:
     for _ in range(2):  # both factors have moved, every state is there
         engine.backward(engine(input_ids=(batch := tokens()), labels=batch).loss)
         engine.step()
-    memory = {}
+    memory: dict[str, int] = {}
     for _ in range(2):
         batch = tokens()
         with counted("forward"):
             loss = engine(input_ids=batch, labels=batch).loss
         with counted("backward"):
             engine.backward(loss)
-        memory = memory_of(engine, optimizer)
+        memory = {kind: max(size, memory.get(kind, 0)) for kind, size in memory_of(engine, optimizer).items()}
         with counted("optimizer"):
             engine.step()
     for _ in range(setup.steps):
@@ -343,7 +348,7 @@ def planned(setup: Setup, world: int) -> dict[str, float]:
 
 
 NESTED = ["law", "every rank"]  # of a row, what scaling.json alone has
-STATE = ("momentum", "second moments", "pending or previous")
+STATE = ("momentum", "second moments", "pending or before")
 
 
 def row_of(kind: str, world: int, setup: Setup, ranks: list[Measured]) -> dict[str, Any]:
@@ -492,12 +497,12 @@ def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> No
         "",
         table(rows),
         "",
-        "`state x N / total` is the fullest rank's momentum, second moments and pending or previous over 1/N of those",
+        "`state x N / total` is the fullest rank's momentum, second moments and pending or before over 1/N of those",
         "that one rank alone has: within 1% of one at stages 1 to 3. `with bases and kept rows` has the (r, r)",
         "matrices of LoFT's arithmetic on both sides, and on one the rows that owners keep so that the next step's",
         "gradients come without them. It is above one because the ranks that share a layer of the model all have its",
         "matrices, two of r^2 float64 numbers a factor: beyond one rank a layer they do not fall; and because one",
-        "rank alone keeps no rows. Both are large beside the r (r + 5) / 2 numbers of a row where layers are as",
+        "rank alone keeps no rows. Both are large beside the r (r + 4) / 2 numbers of a row where layers are as",
         "narrow as here. As planned for Llama-3-405B at r = 64:",
         "",
         table(large(), 5),

@@ -37,9 +37,7 @@ class Side:
         before: the rows before their last move (b, k, r), which the partner's basis still belongs to; None where it is
             up to date.
         pending: gradients in coordinates (b, k, r), oldest first, that the second moments have not had yet.
-        rows: the rows themselves (b, k, r), unscaled; during a step only.
-        gradient: of the rows (b, k, r); during a step only.
-        group: the parameter group, as of this step.
+        home: where this step's rows and gradients lie, of each factor; none between steps.
     """
 
     factors: list[Factor]
@@ -51,40 +49,45 @@ class Side:
     rotation: Tensor | None = None
     before: Tensor | None = None
     pending: list[Tensor] = field(default_factory=list)
-    rows: Tensor = field(init=False, repr=False)
-    gradient: Tensor = field(init=False, repr=False)
-    group: dict[str, Any] = field(init=False, repr=False)
-    _home: list[Tensor] = field(init=False, repr=False)
-    _at_home: Tensor = field(init=False, repr=False)
+    home: Sequence[Rows] = field(default=(), repr=False)
+    _moved: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameter group, as of this step."""
+        return self.home[0].group
 
     @property
     def betas(self) -> tuple[float, float]:
         beta1, beta2 = self.group["betas"]
         return beta1, beta2
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows themselves (b, k, r), unscaled: a copy, so that none of them is held between a step's phases."""
+        return torch.stack(each_pair(rows.values for rows in self.home)) if self._moved is None else self._moved
+
+    @rows.setter
+    def rows(self, rows: Tensor) -> None:
+        self._moved = rows
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the rows (b, k, r), a copy."""
+        return torch.stack(each_pair(rows.grad for rows in self.home))
+
     @cached_property
     def packed(self) -> list[Tensor]:
         """The second moments of every pair, in place."""
         return each_pair(self.second_moments)
 
-    def read(self, rows: Sequence[Rows]) -> None:
-        """Take rows and gradients of a step, one of each factor."""
-        self.group = rows[0].group
-        self._home = [r.values for r in rows]
-        self.rows = self._at_home = torch.stack(each_pair(self._home))
-        self.gradient = torch.stack(each_pair(r.grad for r in rows))
-
     def write(self) -> None:
-        """Put rows that have moved where they were read. One launch where they are strided as there."""
-        if self.rows is self._at_home:
-            return
-        self._at_home = self.rows
-        stacked = self.rows if self._home[0].stride(-1) == 1 else self.rows.mT.contiguous().mT
-        torch._foreach_copy_(self._home, self.split(stacked))
-
-    def release(self) -> None:
-        """Forget what belongs to a step alone: its gradients are to be freed."""
-        del self.rows, self.gradient, self._home, self._at_home
+        """Put rows that have moved where they belong. One launch where they are strided as there."""
+        if self._moved is not None:
+            values = [rows.values for rows in self.home]
+            strided = self._moved if values[0].stride(-1) == 1 else self._moved.mT.contiguous().mT
+            torch._foreach_copy_(values, self.split(strided))
+            self._moved = None
 
     def split(self, stacked: Tensor) -> list[Tensor]:
         """What belongs to each factor of ``stacked`` (b, ., .): (., .), or (E, ., .) of E experts."""
@@ -108,9 +111,7 @@ class Side:
 
     @classmethod
     def join(cls, sides: Sequence[Side]) -> Side:
-        """Sides alike as one."""
-        if len(sides) == 1:
-            return sides[0]
+        """Sides alike as one, with memory of its own: they may be views of larger ones."""
         stacked = [side._stacked() for side in sides]
         parts = {
             key: None if t is None else torch.cat([other for each in stacked if (other := each[key]) is not None])

@@ -117,7 +117,7 @@ class Runtime:
         norm = self._norm(running, share, layout)
         clip = 1.0 if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for each in running:
-            each.answer(clip.to(each.stack.A.rows) if isinstance(clip, Tensor) else clip)
+            each.answer(clip.to(each.stack.A.momentum.device) if isinstance(clip, Tensor) else clip)
         self._gather(running, Phase.PARTNERS, leads, layout)
         self._sum(running, Phase.MOVED, layout)
         if follows:
@@ -126,7 +126,7 @@ class Runtime:
         for each in running:
             for side in each.stack.sides:
                 side.write()
-                side.release()
+                side.home = ()  # its gradients are to be freed
         for part in share.others:
             self._adamw(part, clip)
         layout.write([f for lead in leads for f in (lead, lead.partner)] if self.blocks.balancing else leads + follows)
@@ -138,18 +138,23 @@ class Runtime:
         """The stacks of the pairs that take part in this step, with their rows and gradients.
 
         They are formed anew where that is needed: pairs that take part without others have then taken other steps.
+        Those that rest together stay together.
         """
         here = {a for a, _ in self.trainable.pairs if a in rows}
         parts = [{f in here for f in stack.A.factors} for stack in self._stacks]
         known = {f for stack in self._stacks for f in stack.A.factors}
         if not here <= known or any(len(part) > 1 for part in parts):
-            singles = [single for stack in self._stacks for single in stack.singles()]
-            singles += [self._new(a, rows, layout.concerns(a)) for a in self._order if a in here - known]
-            self._stacks = self._form(singles, rows, layout)
+            singles = [self._new(a, rows, layout.concerns(a)) for a in self._order if a in here - known]
+            resting = []
+            for stack in self._stacks:
+                members = stack.singles()
+                singles += [pair for pair in members if pair.A.factors[0] in here]
+                resting.append([pair for pair in members if pair.A.factors[0] not in here])
+            self._stacks = self._form(singles, rows, layout) + [Pairs.join(pairs) for pairs in resting if pairs]
         stacks = [stack for stack in self._stacks if stack.A.factors[0] in here]
         for stack in stacks:
             for side in stack.sides:
-                side.read([rows[f] for f in side.factors])
+                side.home = [rows[f] for f in side.factors]
         return stacks
 
     def _form(self, singles: Sequence[Pairs], rows: Mapping[Factor, Rows], layout: Layout) -> list[Pairs]:
@@ -166,8 +171,6 @@ class Runtime:
     def _kind(self, pair: Pairs, rows: Mapping[Factor, Rows], layout: Layout) -> Hashable:
         """What must be equal within a stack: all shapes, the step, and when partners come."""
         (a,), (b,) = pair.A.factors, pair.B.factors
-        if a not in rows:
-            return a  # it rests
         sides = [
             (rows[f].values.shape, rows[f].values.stride(), f.count, id(rows[f].group), layout.bucket(f))
             for f in (a, b)
@@ -249,9 +252,9 @@ class Runtime:
         sides: list[Side] = [each.question for each in ready]
         return kernels.Stream(
             [
-                (side.packed[piece], side.rows.device)
+                (side.packed[piece], side.momentum.device)
                 for side in sides
-                for piece in pieces(side.factors[0], side.rows.shape[1], len(side.packed))
+                for piece in pieces(side.factors[0], side.momentum.shape[1], len(side.packed))
             ]
         )
 

@@ -63,41 +63,39 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
     sums = yield Phase.OVERLAPS, asked
     for x, gram, cross in zip(stale, sums[0::2], sums[1::2], strict=False):
         turn(x, pairs.partner(x), gram, cross, blocks, s)
-    scaled = [x.gradient @ blocks.coordinates(x.basis).to(x.gradient) for x in both]
+    gradients = [x.gradient @ blocks.coordinates(x.basis).to(x.momentum) for x in both]
 
     # 2. Clipping, by the norm of the projected full gradients of what is about to move.
     inner = s * lead.basis.mT @ sums[-1] @ blocks.coordinates(follow.basis) if joint else None
-    clip = yield Phase.NORM, blocks.clipped(both, scaled if joint else scaled[:1], inner)
-    for x, gradient in zip(both, scaled, strict=True):
-        blocks.accumulate(x, gradient.mul_(clip))
+    clip = yield Phase.NORM, blocks.clipped(both, gradients if joint else gradients[:1], inner)
+    for x in reversed(both):
+        blocks.accumulate(x, gradients.pop().mul_(clip))
 
     # 3. The leading factor moves by AdamW's step of the full matrix, projected on what it can reach.
-    partner = yield Phase.PARTNERS, lead
-    step = full_step(lead, pairs, partner, blocks)
+    step = full_step(lead, pairs, (yield Phase.PARTNERS, lead), blocks)
     move(lead, step, decay=lead.group["lr"] * lead.group["weight_decay"])
 
     # 4. Calibration: moments, and what they have not had yet, of the following one turn to where the leading one went.
-    gram, cross, own, length = yield (
-        Phase.MOVED,
-        [*overlaps(lead), overlaps(follow)[0], step.double().square().sum((1, 2))],
-    )
+    asked = [*overlaps(lead), overlaps(follow)[0], step.double().square().sum((1, 2))]
+    lead.before = None
+    del step
+    gram, cross, own, length = yield Phase.MOVED, asked
     turn(follow, lead, gram, cross, blocks, s)
 
     # 5. The following one moves by what of its own step lies outside: all else the leading one has moved already.
     growth = torch.zeros_like(cross)
     if joint:
-        partner = yield Phase.FOLLOWERS, follow
-        step = full_step(follow, pairs, partner, blocks)
-        span = follow.rows.double() @ (s * lead.basis)
-        inner, outer = yield Phase.OUTSIDE, [span.mT @ step.double(), algebra.gram(step, step)]
+        step = full_step(follow, pairs, (yield Phase.FOLLOWERS, follow), blocks)
+        inner, outer = yield Phase.OUTSIDE, [span_of(follow, lead, s).mT @ step.double(), algebra.gram(step, step)]
         outer = outer - inner.mT @ inner
         shorter = within_bound(outer, length, pairs, blocks)
-        move(follow, shorter.to(step) * (step - (span @ inner).to(step)))
+        move(follow, shorter.to(step) * (step - (span_of(follow, lead, s) @ inner).to(step)))
         growth = (shorter * follow.group["lr"]) ** 2 * (follow.basis @ outer @ follow.basis.mT)
 
     # 6. The same product as the shortest factors.
     if blocks.balancing:
-        balance(lead, follow, algebra.unpack(gram), algebra.unpack(own) + growth)
+        grams = {lead: algebra.unpack(gram), follow: algebra.unpack(own) + growth}
+        balance(pairs.A, pairs.B, grams[pairs.A], grams[pairs.B])
 
 
 def overlaps(x: Side) -> list[Tensor]:
@@ -106,6 +104,11 @@ def overlaps(x: Side) -> list[Tensor]:
     """
     before = x.rows if x.before is None else x.before
     return [algebra.pack(algebra.gram(x.rows, x.rows)), algebra.gram(before, x.rows)]
+
+
+def span_of(x: Side, partner: Side, s: float) -> Tensor:
+    """An orthonormal basis (b, k, r) of the span of a side's own rows, in float64: this rank's rows of it."""
+    return x.rows.double() @ (s * partner.basis)
 
 
 def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s: float) -> None:
@@ -119,7 +122,7 @@ def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s:
     old, partner.before = x.basis, None
     gram = algebra.unpack(gram)
     try:
-        x.basis = algebra.orthonormal_basis(s**2 * gram, x.rows.dtype)
+        x.basis = algebra.orthonormal_basis(s**2 * gram, x.momentum.dtype)
     except torch.linalg.LinAlgError as error:
         finite = [bool(each.isfinite().all()) for each in partner.split(gram)]
         broken = [f.name for f, well in zip(partner.factors, finite, strict=True) if not well]
@@ -169,7 +172,7 @@ def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor
 def move(x: Side, step: Tensor, decay: float = 0.0) -> None:
     """Move rows by a step in coordinates (b, k, r). ``W`` decays with the leading factor, once a step."""
     x.before = x.rows
-    x.rows = x.rows * (1 - decay) - x.group["lr"] * (step @ x.basis.mT.to(step))
+    x.rows = torch.add(x.before * (1 - decay), step @ x.basis.mT.to(step), alpha=-x.group["lr"])
 
 
 def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:
@@ -188,25 +191,29 @@ def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) ->
     return ((limit - length).clamp_min(0) / own).clamp(max=1).sqrt()[:, None, None]
 
 
-def balance(lead: Side, follow: Side, of_lead: Tensor, of_follow: Tensor) -> None:
+def balance(a: Side, b: Side, of_a: Tensor, of_b: Tensor) -> None:
     """Split the pairs' products anew where their factors are longer than these need, or short of directions.
 
     ``T`` and ``H`` change against each other, so that the coordinates and all state in them stay what they are.
 
     Args:
-        lead: one side.
-        follow: the other one, perhaps with rows ``before``, which the basis of ``lead`` belongs to.
-        of_lead: the Gram matrices of the rows of ``lead`` (b, r, r).
-        of_follow: those of ``follow``.
+        a: one side.
+        b: the other one. Where one has rows ``before``, the basis of its partner belongs to these.
+        of_a: the Gram matrices of the rows of ``a`` (b, r, r).
+        of_b: those of ``b``.
     """
     # A direction that a factor lacks: the other one keeps it at a part of its largest length, which grows.
-    short = (torch.stack([lead.basis, follow.basis]) == 0).all(dim=-2).any(dim=-1).any(dim=0)
-    chosen = algebra.unbalanced(of_lead, of_follow) | (short & ((of_lead * of_follow).sum((1, 2)) > 0))
+    short = (torch.stack([a.basis, b.basis]) == 0).all(dim=-2).any(dim=-1).any(dim=0)
+    chosen = algebra.unbalanced(of_a, of_b) | (short & ((of_a * of_b).sum((1, 2)) > 0))
     if not bool(chosen.any()):
         return
-    c, d, c_inverse, d_inverse = algebra.balance(of_lead[chosen], of_follow[chosen])
-    for x, y, change, inverse in ((lead, follow, c, c_inverse), (follow, lead, d, d_inverse)):
-        x.rows = x.rows.index_put((chosen,), (x.rows[chosen].double() @ change).to(x.rows))
-        if x.before is not None:
-            x.before = x.before.index_put((chosen,), (x.before[chosen].double() @ change).to(x.rows))
-        y.basis = y.basis.index_put((chosen,), inverse @ y.basis[chosen])
+    c, d, c_inverse, d_inverse = algebra.balance(of_a[chosen], of_b[chosen])
+    for x, partner, change, inverse in ((a, b, c, c_inverse), (b, a, d, d_inverse)):
+        x.rows = changed(x.rows, chosen, change)
+        x.before = None if x.before is None else changed(x.before, chosen, change)
+        partner.basis = partner.basis.index_put((chosen,), inverse @ partner.basis[chosen])
+
+
+def changed(rows: Tensor, chosen: Tensor, change: Tensor) -> Tensor:
+    """Rows (b, k, r) of which those of the chosen pairs are multiplied by (b', r, r)."""
+    return rows.index_put((chosen,), (rows[chosen].double() @ change).to(rows))

@@ -24,7 +24,7 @@ RANKS = [1, 2, 3, 5, 16, 17, 33, 64]
 SHAPES = [(70, 131), (131, 70), (1, 9), (9, 1), (0, 5), (5, 0)]
 
 
-def quotient_of(basis: Tensor, bound: float = cauchy_schwarz_bound(BETA1, BETA2), eps: float = 1e-8) -> Quotient:
+def quotient_of(basis: Tensor, bound: float = cauchy_schwarz_bound(BETA1, BETA2, STEPS), eps: float = 1e-8) -> Quotient:
     """What a step divides by: corrections that differ from row to row of the basis, as they do once it has turned."""
     generator = torch.Generator().manual_seed(len(basis))
     kept = torch.rand(len(basis), dtype=torch.float64, generator=generator)
@@ -126,7 +126,7 @@ def test_update_across_tiles(k: int, n: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bound", [cauchy_schwarz_bound(BETA1, BETA2), 0.5, math.inf])
+@pytest.mark.parametrize("bound", [cauchy_schwarz_bound(BETA1, BETA2, STEPS), 0.5, math.inf])
 def test_bound(bound: float, dtype: torch.dtype) -> None:
     """0.5 clamps most entries."""
     momentum, packed = moments(50, 6, seed=1)
@@ -160,11 +160,12 @@ def test_first_step_follows_the_sign() -> None:
     gradient, basis = rows(200, 8, seed=3).float(), rows(100, 8, seed=4).float()
     packed = torch.zeros(200, 36)
     alone(kernels.accumulate_second_moment_)(packed, gradient, BETA2)
-    quotient = Quotient(1 - BETA1, torch.full((100,), 1 - BETA2), 1e-12, cauchy_schwarz_bound(BETA1, BETA2))
+    quotient = Quotient(1 - BETA1, torch.full((100,), 1 - BETA2), 1e-12, cauchy_schwarz_bound(BETA1, BETA2, 1))
     update = alone(tiled.normalized_update)((1 - BETA1) * gradient, packed, basis, quotient)
     product = gradient @ basis.T
     clear = product.abs() > 1e-2 * product.abs().max()  # elsewhere V is a rounding error, and the clamp's business
     torch.testing.assert_close(update[clear], product.sign()[clear], rtol=0, atol=2e-2)
+    assert float(update.abs().max()) <= 1 + 1e-6  # nowhere longer, whatever V is
 
 
 def test_at_rank_one_it_is_adam_on_the_factor() -> None:
@@ -173,7 +174,7 @@ def test_at_rank_one_it_is_adam_on_the_factor() -> None:
     """
     (momentum, packed), basis = moments(70, 1, seed=5), rows(131, 1, seed=6)
     corrections = torch.full((131,), 1 - BETA2**STEPS, dtype=torch.float64)
-    quotient = Quotient(1 - BETA1**STEPS, corrections, 0.0, cauchy_schwarz_bound(BETA1, BETA2))
+    quotient = Quotient(1 - BETA1**STEPS, corrections, 0.0, cauchy_schwarz_bound(BETA1, BETA2, STEPS))
     adam = (momentum / quotient.correction1) / (packed / (1 - BETA2**STEPS)).sqrt()
     update = alone(kernels.projected_update)(momentum, packed, basis, quotient)
     assert_close(update, adam * basis.abs().sum(), UPDATE_TOLERANCE[torch.float64])

@@ -9,7 +9,7 @@ from models import batch, odd_model, one_layer, relative, trained, two_groups
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loft_ds import LoFTAdamW, algebra
+from loft_ds import Blocks, LoFTAdamW, algebra
 
 
 def train(model, optimizer, steps, start=0, scheduler=None):
@@ -241,16 +241,36 @@ def test_unknown_layouts_raise():
         ({"lr": -1.0}, "must not be negative"),
         ({"betas": (1.0, 0.9)}, "betas must lie in"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None"),
-        ({"max_step_rms": 0.0}, "max_step_rms must be positive or None"),
-        ({"max_step_rms": 0.2, "turns": "both"}, "counts a part of it twice"),
-        ({"second_moment": "diagonal"}, 'second_moment must be "matrix" or "elementwise"'),
+        ({"turns": "both"}, 'turns must be "auto", "joint" or "alternate"'),
         ({"second_moment_dtype": torch.float16}, "second_moment_dtype must be None, or torch.bfloat16"),
+        (
+            {"second_moment_dtype": torch.bfloat16, "blocks": Blocks(second_moment="elementwise")},
+            "torch.bfloat16 for the matrix form",
+        ),
         ({"params": []}, "14 of them are missing"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LoFTAdamW(odd_model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"turns": "both"}, 'turns must be "auto", "joint" or "alternate"'),
+        ({"second_moment": "diagonal"}, 'second_moment must be "matrix" or "elementwise"'),
+    ],
+)
+def test_bad_blocks(switches, message):
+    with pytest.raises(ValueError, match=message):
+        Blocks(**switches)
+
+
+def test_turns_go_before_those_of_the_blocks():
+    assert LoFTAdamW(odd_model(), turns="alternate").blocks == Blocks(turns="alternate")
+    assert LoFTAdamW(odd_model(), blocks=Blocks.published()).blocks.turns == "alternate"
+    assert LoFTAdamW(odd_model(), turns="joint", blocks=Blocks.published()).blocks == Blocks.published(turns="joint")
 
 
 def test_groups_are_fixed_at_construction():
@@ -298,7 +318,7 @@ def test_foreign_state_is_refused(kind):
         train(model, other, 1)
         saved = other.state_dict()
     elif kind == "variant":
-        saved = LoFTAdamW(odd_model(), second_moment="elementwise").state_dict()
+        saved = LoFTAdamW(odd_model(), blocks=Blocks(second_moment="elementwise")).state_dict()
     else:
         saved = optimizer.state_dict()
         saved["state"] = {"renamed." + name: state for name, state in saved["state"].items()}
@@ -326,12 +346,17 @@ def test_a_step_frees_what_zero_grad_frees():
     (model(x) - y).square().mean().backward()  # and without it the model trains on
 
 
-def test_divergence_is_named():
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
+@pytest.mark.parametrize("broken", ["lora_A", "lora_B"])
+def test_divergence_is_named(turns, broken):
+    """In the very step in which the leading factor moves to NaN, in the next one where it is the other one."""
     model, A, B, _ = one_layer(7, 5, 3)
-    optimizer = LoFTAdamW(model)
-    A.grad, B.grad = torch.zeros_like(A), torch.full_like(B, float("nan"))
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"lora_B\S+ became infinite or NaN: the run has diverged"):
+    optimizer = LoFTAdamW(model, turns=turns)
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    (A if broken == "lora_A" else B).grad.fill_(float("nan"))
+    if broken == "lora_A":
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=rf"{broken}\S+ became infinite or NaN: the run has diverged"):
         optimizer.step()
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import loft_ds
-from loft_ds import LoFTAdamW, kernels
+from loft_ds import Blocks, LoFTAdamW, kernels
 from loft_ds.kernels import stream
 
 # A handful of the odd model's rows (6 numbers), so that every one of its factors is cut.
@@ -199,9 +199,9 @@ def test_every_wait_is_needed(monkeypatch, deaf, found):
 VARIANTS = {
     "default": {},
     "bfloat16": {"second_moment_dtype": torch.bfloat16},
-    "both": {"turns": "both"},
-    "joint": {"turns": "joint"},
-    "factor": {"projected_update": False},
+    "alternate": {"turns": "alternate"},
+    "published": {"blocks": Blocks.published()},
+    "factor": {"blocks": Blocks(projected_update=False)},
 }
 
 
@@ -313,4 +313,4 @@ def test_where_it_rests(monkeypatch):
 
 def test_only_matrices_are_offloaded():
     with pytest.raises(ValueError, match="offload_second_moment is for the matrix form"):
-        LoFTAdamW(odd_model(), offload_second_moment=True, second_moment="elementwise")
+        LoFTAdamW(odd_model(), offload_second_moment=True, blocks=Blocks(second_moment="elementwise"))

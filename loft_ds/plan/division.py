@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..blocks import JOINT_RANK
+from ..blocks import Blocks
 from ..factors import Factor
 from ..sharding.exchange import Cut, Partition, divide_rows, even_cut, members_of
 from .shapes import Shapes
@@ -79,9 +79,14 @@ class Division:
         self.partitions = {f: Partition(f, *cuts) for f, *cuts in zip(factors, held, owned, strict=True)}
 
     @property
+    def joint(self) -> bool:
+        """Whether both factors of a pair move on every step, as by default."""
+        return Blocks().moves_jointly(self.factors[0].rank)
+
+    @property
     def turns(self) -> float:
-        """The part of a step's turns that a factor has: every second one, or all where ``turns="auto"`` is "joint"."""
-        return 1.0 if self.factors[0].rank <= JOINT_RANK else 0.5
+        """The part of the steps in which a factor moves: all of them, or every second one."""
+        return 1.0 if self.joint else 0.5
 
     def in_one_place(self, factor: Factor) -> bool:
         here, there = self.partitions[factor].owned.whole, self.partitions[factor.partner].owned.whole
@@ -109,9 +114,34 @@ class Division:
         return total.index_add_(0, ranks, unit[which] * lengths + fix[which] * (lengths > 0))[:-1]
 
     @cached_property
+    def by_side(self) -> dict[str, Tensor]:
+        """(N,) for "A" and "B", how many elements of such factors each rank owns the rows of."""
+        return {
+            side: self.summed((p.owned, f.width, 0) for f, p in self.partitions.items() if f.side == side)
+            for side in "AB"
+        }
+
+    @cached_property
     def elements(self) -> Tensor:
-        """(N,), how many elements of factors each rank owns the rows of."""
-        return self.summed((p.owned, f.width, 0) for f, p in self.partitions.items())
+        """(N,), the sum of both."""
+        return self.by_side["A"] + self.by_side["B"]
+
+    @cached_property
+    def larger(self) -> Tensor:
+        """(N,), the larger of both."""
+        return torch.maximum(*self.by_side.values())
+
+    @cached_property
+    def partners(self) -> dict[str, Tensor]:
+        """(N,) for "A" and "B", elements of the partners of such factors that come to each rank where they move."""
+        found = {side: torch.zeros(self.world, dtype=torch.int64) for side in "AB"}
+        pairs: dict[tuple[str, Cut, Cut], int] = defaultdict(int)
+        for f, p in self.partitions.items():
+            pairs[f.side, p.owned, self.partitions[f.partner].owned] += f.width
+        for (side, owned, partner), width in pairs.items():
+            away = partner.edges[-1] - partner.lengths(owned.ranks)
+            found[side][owned.ranks.start : owned.ranks.stop] += width * away * (owned.edges.diff() > 0)
+        return found
 
     @cached_property
     def moving(self) -> list[Partition]:
@@ -142,20 +172,25 @@ class Division:
 
     @cached_property
     def shared(self) -> dict[range, int]:
-        """Numbers of all (r, r) matrices of the factors that lie among the same ranks."""
+        """How many pairs lie among the same ranks."""
         found: dict[range, int] = defaultdict(int)
         for f in self.factors:
-            found[self.members(f)] += f.experts * f.rank**2
+            found[self.members(f)] += f.experts if f.side == "A" else 0
         return found
+
+    @property
+    def matrices(self) -> int:
+        """Bytes of the (r, r) matrices of one pair: basis and weights of both factors, and where these alternate a
+        rotation of the one that rests.
+        """
+        return DOUBLE * self.factors[0].rank ** 2 * (4 if self.joint else 5)
 
     @cached_property
     def bases(self) -> Tensor:
-        """(N,), bytes of the bases: of each pair on the ranks among which it lies; and of the second moments' weights:
-        of each factor where it has rows.
-        """
-        total = self.summed((p.owned, 0, DOUBLE * f.experts * f.rank**2) for f, p in self.partitions.items())
-        for members, numbers in self.shared.items():
-            total[members.start : members.stop] += DOUBLE * numbers
+        """(N,), bytes of all (r, r) matrices: of each pair on the ranks among which it lies."""
+        total = torch.zeros(self.world, dtype=torch.int64)
+        for members, pairs in self.shared.items():
+            total[members.start : members.stop] += pairs * self.matrices
         return total
 
 

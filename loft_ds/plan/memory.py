@@ -10,7 +10,9 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
+from ..kernels.stream import CHUNK_BYTES
 from ..kernels.tiled import WORKSPACE_BYTES
+from ..pairs import STACK_BYTES
 from ..sharding.sharded import BUCKET_BYTES
 from .division import DOUBLE, FLOAT, Division, Job, division_of
 from .shapes import Shapes
@@ -18,10 +20,10 @@ from .shapes import Shapes
 PREFETCH = 50_000_000  # DeepSpeed's own default (zero/config.py), in elements
 OFFLOADED = {
     "second_moment": {"second moments"},
-    "optimizer": {"masters", "momentum", "second moments", "pending or previous", "bases", "gradients", "kept rows"},
+    "optimizer": {"masters", "momentum", "second moments", "pending or before", "bases", "gradients", "kept rows"},
     "param": {"base weights", "adapters"},
 }
-STATE = ("momentum", "second moments", "pending or previous")
+STATE = ("momentum", "second moments", "pending or before")
 
 
 def _padded(numel: int, world: int) -> int:
@@ -29,7 +31,8 @@ def _padded(numel: int, world: int) -> int:
 
 
 def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[str, Tensor]:
-    """Bytes by kind on every rank, (N,) each, between a backward pass and the optimizer's step.
+    """Bytes by kind on every rank, (N,) each, between a backward pass and the optimizer's step; of one of the two
+    factors of a pair, A and B by turns, the larger.
 
     DeepSpeed's kinds are as 0.19 allocates them: flat 16-bit weights and the 16-bit gradients of this rank's part
     (``bit16_groups_flat``, ``averaged_gradients``; stage 3: ``fp16_partitioned_groups_flat``,
@@ -56,7 +59,7 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     rows = {
         "momentum": FLOAT * (division.elements + division.left),
         "second moments": job.second_moment * (job.rank + 1) * division.elements // 2 + FLOAT * division.left,
-        "pending or previous": FLOAT * division.elements,
+        "pending or before": FLOAT * division.larger,
         "bases": division.bases,
         "kept rows": FLOAT * division.travelling,
     }
@@ -73,18 +76,25 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
 def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     """Bytes of what comes and goes within a step, the largest of any rank; an estimate from the code, not measured.
 
-    Of the optimizer: rows and gradients of both sides in float32, what an exchange of one side holds at once, the
-    gathered partners, the step of what moves, the kernels' workspace. At stage 3 the whole weights of two decoder
-    layers, the largest embedding and the prefetch bucket; at stages 1 and 2 the bucket that gradients are reduced in.
-    Activations with checkpointing: the hidden state of every decoder layer, one layer anew (34 bytes a token and
-    feature: Korthikanti et al. 2022, without the attention matrix), and the logits with their gradient in float32.
+    Of the optimizer: the gradients as DeepSpeed hands them over in float32, and then the larger of two. While rows are
+    read, what the exchange of one side holds at once. After that the gradients that came from elsewhere, the scaled
+    gradients of both sides (where both move, one of them in place of ``before``), and the partners of one side as they
+    are sent, received and put in order. Beside these the arithmetic of one stack, several times its rows and partners
+    in float64, the kernels' workspace, and chunks of what is offloaded.
+
+    At stage 3 the whole weights of two decoder layers, the largest embedding and the prefetch bucket; at stages 1 and 2
+    the bucket that gradients are reduced in. Activations with checkpointing: the hidden state of every decoder layer,
+    one layer anew (34 bytes a token and feature: Korthikanti et al. 2022, without the attention matrix), and the logits
+    with their gradient in float32.
     """
-    owned = division.elements.max().item()
-    held = division.size
-    turns = division.turns
-    gathered = 0 if job.stage == 0 else min(4 * turns * BUCKET_BYTES, FLOAT * turns * sum(division.sizes))
-    carried = FLOAT * 5 * held if division.moving else 0
-    optimizer = FLOAT * (held + (3 + turns) * owned) + carried + 3 * gathered + WORKSPACE_BYTES
+    partners = torch.maximum(*division.partners.values()).clamp(max=4 * BUCKET_BYTES // FLOAT)
+    scaled = division.larger if division.joint else division.elements
+    carried = 5 * division.size if division.moving else 0
+    numbers = division.size + max(carried, int((division.travelling + scaled + 3 * partners).max()))
+    owned = int(division.elements.max())
+    stack = max(max(f.rank * (f.count + f.partner.count), min(f.numel, owned)) for f in division.factors)
+    arithmetic = 5 * max(STACK_BYTES, DOUBLE * stack) + WORKSPACE_BYTES
+    optimizer = FLOAT * numbers + arithmetic + (2 * CHUNK_BYTES if "second_moment" in job.offload else 0)
     if job.stage == 3:
         body = shapes.adapted / shapes.depth
         weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)
@@ -99,10 +109,12 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
 
 
 def checkpoint_bytes(division: Division, job: Job) -> int:
-    """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or previous, bases, weights."""
-    elements, left = int(division.elements.sum()), int(division.left.sum())
-    factors = 3 * FLOAT * elements + job.second_moment * (job.rank + 1) * elements // 2
-    return factors + 2 * DOUBLE * sum(division.shared.values()) + 3 * FLOAT * left
+    """Of what ``save_checkpoint`` writes: float32 values, the moments, pending or before of the larger side, and the
+    (r, r) matrices of every pair once.
+    """
+    sides, left = [int(elements.sum()) for elements in division.by_side.values()], int(division.left.sum())
+    factors = FLOAT * (2 * sum(sides) + max(sides)) + job.second_moment * (job.rank + 1) * sum(sides) // 2
+    return factors + division.matrices * sum(division.shared.values()) + 3 * FLOAT * left
 
 
 def placed(kinds: dict[str, Tensor], offload: Set[str]) -> tuple[dict[str, float], dict[str, float]]:

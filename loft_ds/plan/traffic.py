@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..sharding.exchange import Cut, plan_gather, plan_rows
+from ..sharding.exchange import plan_gather, plan_rows
 from ..sharding.sharded import rounds_of
 from .division import DOUBLE, FLOAT, Division, Job
 from .shapes import Shapes
@@ -23,7 +23,8 @@ class Traffic:
 
     Attributes:
         gradients: elements of the gradients of its rows that lie elsewhere.
-        updates: new values of elements that it holds and another rank owns.
+        updates: values of elements that it holds and another rank owns: of both factors of a pair on every step, since
+            both may have been balanced.
         partners: the other factors' rows.
         products: of (r, r) matrices, there and back: see :func:`products`.
         needed: the part of the products that the sums themselves are.
@@ -52,20 +53,24 @@ class Traffic:
 
 
 def products(division: Division, needed: bool = False) -> Tensor:
-    """(N,), bytes of the Gram matrices (a triangle) and cross products of the pairs about to move, float64; and where
-    both factors of a pair move, of the products that tell what one leaves to the other, of gradients and of steps.
+    """(N,), bytes of the float64 sums over all rows of a pair that :mod:`loft_ds.step` asks for.
+
+    Of MOVED: the leading factor's Gram matrix (a triangle) and its cross product, the following one's Gram matrix, and
+    the length of a step. Where both factors move, of OVERLAPS the Gram matrix and the cross product of the one that
+    moved last and the product of rows and gradient, and of OUTSIDE two products.
 
     A piece of each comes from every other member, and the sums of all other pieces come back; what is ``needed`` are
     the sums, once on every rank that takes part.
     """
+    rank = division.factors[0].rank
+    triangle, square = rank * (rank + 1) // 2, rank**2
+    numbers = (triangle + square) + triangle + 1
+    if division.joint:
+        numbers += (triangle + square) + square + 2 * square
     total = torch.zeros(division.world, dtype=torch.float64)
-    for members, numbers in division.shared.items():
+    for members, pairs in division.shared.items():
         if (n := len(members)) > 1:
-            # A triangle and a square is r (3 r + 1) / 2. Of all numbers in r^2, half are of one side.
-            rank = division.factors[0].rank
-            squares = division.turns * (3 * rank + 1) / (2 * rank) + (2 / 2 if division.turns == 1 else 0)
-            sums = DOUBLE * numbers * squares
-            total[members.start : members.stop] += sums * (1 if needed else 2 * (n - 1) / n)
+            total[members.start : members.stop] += DOUBLE * pairs * numbers * (1 if needed else 2 * (n - 1) / n)
     return total
 
 
@@ -80,17 +85,10 @@ def received(division: Division) -> dict[str, Tensor]:
         both = (end.minimum(bounds[1:]) - begin.maximum(bounds[:-1])).clamp(min=0).sum(0)
         stay[owned.ranks.start : owned.ranks.stop] += alike * both
     holding = division.summed((p.held, 1, 0) for p in division.moving)
-    partners = torch.zeros(division.world, dtype=torch.int64)
-    pairs: dict[tuple[Cut, Cut], int] = defaultdict(int)
-    for f, p in division.partitions.items():
-        pairs[p.owned, division.partitions[f.partner].owned] += f.width
-    for (owned, partner), width in pairs.items():
-        away = partner.edges[-1] - partner.lengths(owned.ranks)
-        partners[owned.ranks.start : owned.ranks.stop] += width * away * (owned.edges.diff() > 0)
     return {
         "gradients": FLOAT * (division.travelling - stay).double(),
-        "updates": FLOAT * division.turns * (holding - stay).double(),
-        "partners": FLOAT * division.turns * partners.double(),
+        "updates": FLOAT * (holding - stay).double(),
+        "partners": FLOAT * division.turns * sum(division.partners.values()).double(),
         "products": products(division),
     }
 
@@ -109,17 +107,15 @@ def traffic(division: Division, rank: int) -> Traffic:
 
     rounds = rounds_of(division.factors)
     spread = [f for f in division.factors if not division.in_one_place(f)]
-    # Both factors of a pair that move together share a round of exchanges.
-    gathers = [spread] if turns == 1 else [[f for f in spread if f.side == side] for side in "AB"]
-    collectives += turns * sum(len({(f.width, rounds[f]) for f in moving}) for moving in gathers)
     for side in "AB":
         travelling = [p for p in division.moving if p.factor.side == side]
         if travelling:
             plan = plan_rows(travelling, rank, world)
             came += others(plan.receive_counts)
             updates += others(plan.send_counts)
-            collectives += 1 + turns  # in on every step, out on its turns
+            collectives += 2  # in and out
         moving = [f for f in spread if f.side == side]
+        collectives += turns * len({(f.width, rounds[f]) for f in moving})
         near = [f for f in moving if any(parts[g].owned.length(rank) for g in (f, f.partner))]
         for width in {f.width for f in near}:
             bucket = [f for f in near if f.width == width]
@@ -127,15 +123,15 @@ def traffic(division: Division, rank: int) -> Traffic:
             gathered += width * others(plan.receive_counts)
             given += width * others(plan.send_counts)
     sums = float(products(division)[rank])
-    # Of products there and back, and of one number.
-    collectives += (2 if turns < 1 else 6) * bool(spread) + (2 if division.moving else 1)
+    # Of products there and back: OVERLAPS, MOVED and OUTSIDE, or the first two; and of one number.
+    collectives += 2 * (3 if division.joint else 2) * bool(spread) + (2 if division.moving else 1)
     return Traffic(
         gradients=FLOAT * came,
-        updates=FLOAT * turns * updates,
+        updates=FLOAT * updates,
         partners=FLOAT * turns * gathered,
         products=sums,
         needed=float(products(division, needed=True)[rank]),
-        sent=FLOAT * (updates + turns * (came + given)) + sums,
+        sent=FLOAT * (updates + came + turns * given) + sums,
         collectives=collectives,
         peers=peers,
     )

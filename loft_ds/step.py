@@ -131,7 +131,8 @@ def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s:
     x.momentum = x.momentum @ of_momentum.to(x.momentum)
     x.pending = [gradient @ of_second_moment.to(gradient) for gradient in x.pending]
     x.weights = algebra.turned_weights(x.weights, of_second_moment)
-    x.rotation = of_second_moment if x.rotation is None else x.rotation @ of_second_moment
+    if blocks.in_matrices:  # single numbers belong to the factor's own columns, which have not moved
+        x.rotation = of_second_moment if x.rotation is None else x.rotation @ of_second_moment
 
 
 def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor:

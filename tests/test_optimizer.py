@@ -24,6 +24,10 @@ def train(model, optimizer, steps, start=0, scheduler=None):
     return {name: p.detach().clone() for name, p in trained(model).items()}
 
 
+# What state is kept of: of a factor's rows, and of all of a pair, which is float64 always.
+ROWS, SQUARES = {"momentum", "second_moment", "exp_avg", "exp_avg_sq"}, {"basis", "weights", "rotation"}
+
+
 def test_factors_alternate():
     model = odd_model()
     optimizer = LoFTAdamW(model, lr=1e-2, turns="alternate")
@@ -105,16 +109,19 @@ def test_weight_decay_is_times_lr():
     assert relative(scaling * B.detach() @ A.detach(), (1 - 0.05) ** 4 * before) < 1e-14
 
 
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_state_dtype(dtype):
+def test_state_dtype(dtype, turns):
     model = odd_model(dtype)
-    optimizer = LoFTAdamW(model, lr=1e-2)
+    optimizer = LoFTAdamW(model, lr=1e-2, turns=turns)
     train(model, optimizer, 2)
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    expected, kinds = torch.float64 if dtype == torch.float64 else torch.float32, set()
     for name, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and key not in ("basis", "weights"):
-                assert value.dtype == expected, (name, key)
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == (torch.float64 if key in SQUARES else expected), (name, key)
+                kinds.add(key)
+    assert kinds == {"basis", "weights"} | ROWS | ({"before"} if turns == "joint" else {"pending", "rotation"})
     assert all(p.dtype == dtype for p in trained(model).values())
 
 
@@ -130,24 +137,59 @@ def test_narrow_parameters_follow_wide_ones():
     assert relative(same, change) < 0.2
 
 
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
 @pytest.mark.parametrize("first", [3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bitwise(first, dtype, tmp_path):
+def test_resume_is_bitwise(first, dtype, turns, tmp_path):
     """N steps, save, load, M steps are N + M steps, with either factor's turn next."""
+    settings = {"lr": 1e-2, "max_grad_norm": 0.1, "turns": turns}
     model = odd_model(dtype)
-    whole = train(model, LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1), first + 4)
+    whole = train(model, LoFTAdamW(model, **settings), first + 4)
     model = odd_model(dtype)
-    optimizer = LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1)
+    optimizer = LoFTAdamW(model, **settings)
     train(model, optimizer, first)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     model = odd_model(dtype)
     model.load_state_dict(saved["model"])
-    optimizer = LoFTAdamW(model, lr=1e-2, max_grad_norm=0.1)
+    optimizer = LoFTAdamW(model, **settings)
     optimizer.load_state_dict(saved["optimizer"])
     resumed = train(model, optimizer, 4, start=first)
     for name in whole:
         assert torch.equal(resumed[name], whole[name]), name
+
+
+@pytest.mark.parametrize("turns", ["joint", "alternate"])
+def test_loaded_state_is_its_own(turns):
+    """``state`` gives views; whoever steps on changes nothing of what was loaded from them, nor of what it gave."""
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2, turns=turns)
+    train(model, optimizer, 3)
+    twin, kept = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    second = LoFTAdamW(twin, lr=1e-2, turns=turns)
+    second.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 3, start=3)
+    for name, state in second.state_dict()["state"].items():
+        for kind, value in state.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else int.__eq__
+            assert same(value, kept["state"][name][kind]), (name, kind)
+    after = train(twin, second, 3, start=3)
+    assert all(torch.equal(p, after[name]) for name, p in trained(model).items())
+
+
+def test_state_is_assigned_as_a_whole():
+    """It is made when it is asked for: what is set in it is lost."""
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    name = next(iter(optimizer.state))
+    optimizer.state[name]["step"] = 7
+    assert optimizer.state[name]["step"] == 2
+    optimizer.state = {}
+    assert not optimizer.state
+    assert optimizer.state["whatever DeepSpeed asks for"] == {}
+    train(model, optimizer, 1)
+    assert optimizer.state[name]["step"] == 1
 
 
 def test_state_of_other_rows_is_refused():

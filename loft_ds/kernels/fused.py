@@ -7,7 +7,7 @@ values. Bias corrections ride on keys and values (:meth:`reference.Quotient.keys
 stands where attention has its softmax, so no running maximum is needed. The pairs of a batch are the heads: one launch
 for all. Their second moments are found through a table of addresses, where they are.
 
-float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the oracle). The choice
+float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the tests). The choice
 of the autotuner changes which program does a row, never the order of a sum: results do not depend on it.
 """
 

@@ -138,7 +138,7 @@ def divide_rows(factors: Sequence[Factor], held: Sequence[Cut], world: int) -> l
     blocks = blocks_of(factors)
     if world <= len(blocks) and any(cut.whole is not None for cut in held):
         return [Cut(cut.first, -(-cut.edges // f.width)) for f, cut in zip(factors, held, strict=True)]
-    # Of a row: second moment r (r + 1) / 2, momentum r, pending or previous r, times two.
+    # Of a row: second moment r (r + 1) / 2, momentum r, pending or before r, times two.
     weights = [sum(f.numel * (f.rank + 5) for f in block) for block in blocks]
     total, place, cuts = sum(weights), 0, []
     for block, weight in zip(blocks, weights, strict=True):

@@ -26,6 +26,10 @@ class Optimizer(str, Enum):
 # stands in benchmarks/results/main_job.json; the third is a customary one.
 LEARNING_RATES = {Optimizer.LOFT: 4e-4, Optimizer.LORA: 4e-3, Optimizer.FULL: 2e-5}
 
+# Flags that --optimizer loft alone reads, and those that --optimizer full does not.
+LOFT_FLAGS = ("offload_second_moment", "head_learning_rate")
+ADAPTER_FLAGS = ("target_modules", "target_parameters", "modules_to_save")
+
 # Used when neither --max_steps nor --num_train_epochs is given: a few minutes on two CPU cores.
 DEFAULT_STEPS = 40
 
@@ -58,6 +62,13 @@ class LaunchArguments:
     target_parameters: list[str] | None = field(
         default=None,
         metadata={"help": "Names of parameters that get adapters as well: experts', as in mlp.experts.gate_up_proj."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that train whole, beside the adapters, as in lm_head."}
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The learning rate of what trains outside the adapters. Default: --learning_rate."},
     )
     offload_second_moment: bool = field(
         default=False,
@@ -98,6 +109,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_steps = DEFAULT_STEPS
     if args.num_train_epochs is None:
         args.num_train_epochs = 3.0  # TrainingArguments' own default; max_steps overrides it
+    if args.deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        # `accelerate launch` with a DeepSpeed JSON: as if the flag named it.
+        args.deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if args.output_dir is None:
         settings = Path(args.deepspeed).stem if args.deepspeed else "plain"
         args.output_dir = str(Path("runs") / f"{args.optimizer.value}-{settings}")
@@ -118,6 +132,11 @@ def build(args: argparse.Namespace) -> tuple[LaunchArguments, TrainingArguments]
     except ValueError as error:  # TrainingArguments' word for it
         raise SettingsError(" ".join(str(error).split())) from error
     return launch_args, training_args
+
+
+def world_size() -> int:
+    """How many processes there are, before there is a process group."""
+    return _from_launcher("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
 
 
 def local_world_size() -> int:

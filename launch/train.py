@@ -16,6 +16,7 @@ import signal
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,12 +33,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank
 from assets import MODEL_NAME, TEXT_NAME, default_model
-from checks import LaunchError, check_adapters
+from checks import LaunchError, check_adapters, check_flags, find_mismatches
 from data import blocks, read_documents, tokenize
 from faults import Watch
 from loft_ds import CheckpointError, SaveOnSIGTERM
+from loft_ds.adapters import find_trainable
 from loft_ds.ranks import first_rank
-from loft_ds.zero.config import SettingsError, check_loft_settings, read_deepspeed_json
+from loft_ds.zero.config import SettingsError, read_deepspeed_json
+from loft_ds.zero.unsupported import find_json_refusals
 from logs import LOG, LoggedTrainer
 from report import write_report
 
@@ -90,7 +93,7 @@ def load_dtype(args: LaunchArguments, training_args: TrainingArguments) -> torch
 
     Weights that train without DeepSpeed stay in float32, as autocast wants them; DeepSpeed keeps float32 masters.
     """
-    if args.optimizer is Optimizer.FULL and not training_args.deepspeed:
+    if args.optimizer is Optimizer.FULL and training_args.deepspeed_plugin is None:
         return torch.float32
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
@@ -105,12 +108,12 @@ def train(argv: list[str] | None = None) -> None:
     parsed = parse(argv)
 
     # First everything that can be wrong without a process group, then without the weights.
-    if parsed.offload_second_moment and parsed.optimizer is not Optimizer.LOFT:
-        raise LaunchError(f"--offload_second_moment is LoFT's: --optimizer {parsed.optimizer.value} has no such state")
+    check_flags(parsed)
     if parsed.deepspeed:
-        settings = read_deepspeed_json(parsed.deepspeed)
+        checks = [partial(find_mismatches, args=parsed)]
         if parsed.optimizer is Optimizer.LOFT:
-            check_loft_settings(parsed.deepspeed, settings, auto_fp16=parsed.fp16 or parsed.fp16_full_eval)
+            checks.append(partial(find_json_refusals, auto_fp16=parsed.fp16 or parsed.fp16_full_eval))
+        read_deepspeed_json(parsed.deepspeed, *checks)
     documents = read_documents(parsed)
     source = parsed.model_name_or_path or str(default_model())
     try:
@@ -125,6 +128,7 @@ def train(argv: list[str] | None = None) -> None:
             lora_alpha=parsed.lora_alpha,
             target_modules=parsed.target_modules or "all-linear",
             target_parameters=parsed.target_parameters,
+            modules_to_save=parsed.modules_to_save,
             task_type="CAUSAL_LM",
         )
         check_adapters(config, lora)
@@ -137,7 +141,7 @@ def train(argv: list[str] | None = None) -> None:
 
     # From here on the DeepSpeed settings are known to Transformers, which under stage 3 shards what it loads.
     args, training_args = build(parsed)
-    if training_args.deepspeed:
+    if training_args.deepspeed_plugin is not None:  # of --deepspeed, or of `accelerate launch`
         # On a CPU the Trainer starts torch.distributed alone, and loading under stage 3 would count one process.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=training_args.ddp_timeout))
     with Watch(training_args.output_dir, training_args.ddp_timeout) as watch:
@@ -154,6 +158,8 @@ def train(argv: list[str] | None = None) -> None:
             loft_kwargs={"offload_second_moment": args.offload_second_moment},
             callbacks=[watch, stop],
         )
+        if args.head_learning_rate is not None:
+            trainer.loft_kwargs["params"] = head_groups(trainer, args.head_learning_rate)
         resume = training_args.resume_from_checkpoint
         if resume in ("True", "true"):  # the last whole one, or none yet: the same command starts and restarts a job
             resume = trainer.last_checkpoint()
@@ -181,6 +187,24 @@ def load_model(
     return model
 
 
+def head_groups(trainer: LoggedTrainer, head_learning_rate: float) -> list[dict[str, Any]]:
+    """The Trainer's two groups of parameters, cut into the adapters' and those with a learning rate of their own."""
+    trainable = find_trainable(trainer.model)
+    heads = trainable.others.keys() - trainable.untreated.keys()
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, p in trainable.parameters.items():
+        groups.setdefault((name in heads, name in decayed), []).append(p)
+    return [
+        {
+            "params": params,
+            **({"lr": head_learning_rate} if in_head else {}),
+            **({} if decays else {"weight_decay": 0.0}),
+        }
+        for (in_head, decays), params in groups.items()
+    ]
+
+
 def leave_saved(trainer: LoggedTrainer, sent_to: int) -> NoReturn:
     """Ends this process once all ranks have saved, after SIGTERM reached the rank ``sent_to``."""
     step = trainer.state.global_step
@@ -206,17 +230,26 @@ def describe(
         "model": args.model_name_or_path or MODEL_NAME,
         "text": args.train_file or args.dataset_name or TEXT_NAME,
         "optimizer": args.optimizer.value,
-        "deepspeed": training_args.deepspeed,
+        **used_deepspeed(training_args),
         "world_size": training_args.world_size,
         "device": str(training_args.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "learning_rate": training_args.learning_rate,
+        "head_learning_rate": args.head_learning_rate,
         "lora_rank": args.lora_rank if adapted else None,
         "lora_alpha": args.lora_alpha if adapted else None,
         "block_size": args.block_size,
         "trainable_parameters": sum(size for size, trained in sizes if trained),
         "parameters": sum(size for size, _ in sizes),
     }
+
+
+def used_deepspeed(training_args: TrainingArguments) -> dict[str, str | int | None]:
+    """Who said how DeepSpeed trains, and the ZeRO stage; None where it does not."""
+    plugin = training_args.deepspeed_plugin
+    if plugin is None:
+        return {"deepspeed": None, "zero_stage": None}
+    return {"deepspeed": training_args.deepspeed or "accelerate launch", "zero_stage": plugin.zero_stage}
 
 
 def report(folder: Path, facts: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -228,9 +261,9 @@ def report(folder: Path, facts: dict[str, Any], history: list[dict[str, Any]]) -
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on stderr and a non-zero exit.
+    """Runs the command line; each mistake of a user's is one line on stderr, and the exit status is not zero.
 
-    Every rank finds the same mistake and says the same line: a launcher ends the others at the first one's exit, so
+    Every rank finds the same mistakes and says the same lines: a launcher ends the others at the first one's exit, so
     that rank 0 alone might never get to speak.
     """
     try:
@@ -238,7 +271,7 @@ def main() -> None:
         prepare_process()
         train()
     except (SettingsError, CheckpointError) as error:
-        sys.exit(f"train.py: error: {error}")
+        sys.exit("\n".join(f"train.py: error: {line}" for line in str(error).splitlines()))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

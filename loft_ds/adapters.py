@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -68,60 +73,136 @@ def adapters_of(layer: BaseTunerLayer) -> Iterator[str]:
     yield from seen
 
 
-def started_from_gradients(model: nn.Module) -> list[str]:
-    """The adapters whose start ``B0 A0`` LoRA-GA took out of the frozen weights.
+def lost_starts(model: nn.Module) -> dict[str, str]:
+    """The adapters that are none of the model on disk, with the start that made them so.
 
-    Saved, they are no adapters of the model on disk. (PiSSA and OLoRA change the frozen weights too, but need nothing
-    else for it: PEFT changes them again when it loads the adapter.)
+    These starts move a part of the frozen weights into the adapter, and PEFT cannot do it again when it loads one: of
+    LoRA-GA's gradients and CorDA's statistics nothing is saved, and the fast SVD of ``pissa_niter_N`` is a random one.
+    (PiSSA, OLoRA, LoftQ and KaSA change the frozen weights too, and PEFT finds the same change at each loading.)
     """
+    starts = {name: str(config.init_lora_weights) for name, config in _configs(model).items()}
+    return {name: start for name, start in starts.items() if start.startswith(("lora_ga", "corda", "pissa_niter_"))}
+
+
+started_from_gradients = lost_starts
+
+
+def _configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """The LoRA adapters' settings by the adapters' names."""
     configs = getattr(model, "peft_config", {})
-    return [name for name, config in configs.items() if getattr(config, "init_lora_weights", None) == "lora_ga"]
+    return {name: config for name, config in configs.items() if isinstance(config, LoraConfig)}
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it is without ``torch.compile``, whose wrappers put ``_orig_mod`` into the names of all they hold.
+
+    Within the block no module of it is wrapped, so names are those that PEFT knows and a checkpoint keeps.
+    """
+    wrapped = [
+        (holder._modules, key, module)
+        for holder in model.modules()
+        for key, module in holder._modules.items()
+        if module is not None and "_orig_mod" in module._modules and key != "_orig_mod"
+    ]
+    for modules, key, module in wrapped:
+        modules[key] = _unwrapped(module)
+    try:
+        yield _unwrapped(model)
+    finally:
+        for modules, key, module in wrapped:
+            modules[key] = module
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while (inner := module._modules.get("_orig_mod")) is not None:
+        module = inner
+    return module
 
 
 def find_trainable(model: nn.Module) -> Trainable:
-    """Sort a PEFT model's trainable parameters into factor pairs and others.
+    """Sort a PEFT model's trainable parameters into factor pairs and others, under the uncompiled model's names.
 
     Raises:
         ValueError: a model with no pair LoFT can treat, a factor shared by two layers, a pair that is half frozen,
-            parameters that something else than DeepSpeed shards.
+            parameters that lie in the same memory, that have no values yet, or that something else than DeepSpeed
+            shards.
     """
-    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    sharded = next((n for p, n in names.items() if isinstance(p, DTensor)), None)
-    if sharded is not None:
-        raise ValueError(
-            f"{sharded} is a DTensor, sharded by FSDP2 or a tensor-parallel plan: LoFTAdamW knows plain torch, DDP and "
-            "DeepSpeed ZeRO stages 0 to 3."
-        )
-    pairs: list[tuple[Factor, Factor]] = []
-    untreated: dict[str, str] = {}
-    owner: dict[nn.Parameter, str] = {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        for adapter in adapters_of(layer):
-            found = _pair_of(layer, adapter, names) if isinstance(layer, LoraLayer) else type(layer).__name__
-            if found is None:
-                continue
-            if isinstance(found, str):
-                own = parameters_of(layer, adapter)
-                untreated.update({names[p]: found for p in own if p in names})
-            else:
-                own = [factor.param for factor in found]
-                pairs.append(found)
-            for p in own:
-                if p in names and owner.setdefault(p, path) != path:
-                    raise ValueError(
-                        f"{names[p]} is shared by {owner[p]} and {path}: LoFT cannot follow two matrices with one "
-                        "factor. Give each layer an adapter of its own, or target only one of them."
-                    )
-    if not pairs:
-        reasons = (
-            f" Its adapters are of kinds LoFT does not treat: {sorted(set(untreated.values()))}." if untreated else ""
-        )
-        raise ValueError(
-            "the model has no trainable LoRA pair for LoFT." + reasons + " Wrap it with peft.get_peft_model(model, "
-            "LoraConfig(...)) first, and see the README's table of what is treated."
-        )
+    with uncompiled(model) as plain:
+        names = {p: n for n, p in plain.named_parameters() if p.requires_grad}
+        _check_memory(names)
+        pairs, untreated = _sort(plain, names)
+        if not pairs:
+            raise ValueError("the model has no trainable LoRA pair for LoFT. " + _why_none(plain, untreated))
     factors = {factor.param for pair in pairs for factor in pair}
     others = {name: p for p, name in names.items() if p not in factors}
     return Trainable(pairs, others, untreated)
+
+
+def _check_memory(names: dict[nn.Parameter, str]) -> None:
+    """Refuse parameters whose values one step cannot move, or would move twice."""
+    spans = []
+    for p, name in names.items():
+        if isinstance(p, DTensor):
+            raise ValueError(
+                f"{name} is a DTensor, sharded by FSDP2 or a tensor-parallel plan: LoFTAdamW knows plain torch, DDP "
+                "and DeepSpeed ZeRO stages 0 to 3."
+            )
+        if p.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values: low_cpu_mem_usage=True of get_peft_model leaves new "
+                "adapters so. Leave it out."
+            )
+        # Bytes and not the storage: after DeepSpeed has flattened them, parameters lie side by side in one. What stage
+        # 3 has partitioned is empty here, and each such parameter has memory of its own.
+        if p.numel():
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
+    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(sorted(spans)):
+        if device == other and start < end:
+            raise ValueError(
+                f"{first} and {second} lie in the same memory, and each step would move it twice. PEFT's "
+                "ensure_weight_tying ties the adapters of an embedding and its head so: target only one of the two."
+            )
+
+
+def _sort(model: nn.Module, names: dict[nn.Parameter, str]) -> tuple[list[tuple[Factor, Factor]], dict[str, str]]:
+    """The pairs that LoFT treats, and the names of the other adapters' parameters with the reasons why it does not."""
+    pairs: list[tuple[Factor, Factor]] = []
+    untreated: dict[str, str] = {}
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for path, layer in model.named_modules():
+        # Trainable tokens are rows of the weight itself, like the modules that PEFT saves whole.
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        for adapter in adapters_of(layer):
+            found = _pair_of(layer, adapter, names) if isinstance(layer, LoraLayer) else type(layer).__name__
+            own = [p for p in parameters_of(layer, adapter) if p in names]
+            if isinstance(found, str):
+                untreated.update({names[p]: found for p in own})
+            elif found is not None:
+                pairs.append(found)
+            for p in own:
+                owners[p].append(path)
+    for factor in (factor for pair in pairs for factor in pair):
+        if len(owners[factor.param]) > 1:
+            raise ValueError(
+                f"{factor.name} is shared by {' and '.join(owners[factor.param])}: LoFT cannot follow two matrices "
+                "with one factor. Give each layer an adapter of its own, or target only one of them."
+            )
+    return pairs, untreated
+
+
+def _why_none(model: nn.Module, untreated: dict[str, str]) -> str:
+    """Why a model has no pair, and what to do about it."""
+    if untreated:
+        kinds = sorted(set(untreated.values()))
+        return (
+            f"Its adapters are of kinds LoFT does not treat: {kinds}. The README's table says which LoraConfig it does."
+        )
+    if any(isinstance(layer, LoraLayer) for layer in model.modules()):
+        return (
+            "Its LoRA adapters are frozen: load them with PeftModel.from_pretrained(..., is_trainable=True), make new "
+            "ones with LoraConfig(inference_mode=False), or choose which to train with model.set_adapter(NAME)."
+        )
+    return "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,18 @@ class LoFT:
         return LoFTAdamW(model, **kwargs)
 
 
+def dropped_arguments(args: Any, kind: type[TrainingArguments] = TrainingArguments) -> list[str]:
+    """The TrainingArguments that choose an optimizer and are not at their defaults: LoFT would drop them.
+
+    Args:
+        args: what a user said, in attributes of those names.
+        kind: the TrainingArguments that they are, or will be. The default of ``optim`` is another one in other versions.
+    """
+    defaults = {field.name: field.default for field in fields(kind)}
+    chosen = ("optim", "optim_args", "optim_target_modules")
+    return [name for name in chosen if getattr(args, name) != defaults[name]]
+
+
 class LoFTMixin(Base):
     """LoFT for any subclass of ``transformers.Trainer``: ``class MyTrainer(LoFTMixin, SFTTrainer)``.
 
@@ -61,11 +74,14 @@ class LoFTMixin(Base):
 
     Args:
         use_loft: False for the Trainer's own optimizer.
-        loft_kwargs: further arguments of :class:`LoFTAdamW`.
+        loft_kwargs: arguments of :class:`LoFTAdamW` in place of those, and further ones. Parameter groups are
+            ``{"params": [{"params": head, "lr": 1e-2}, {"params": rest}]}``, together all that trains; what a group
+            does not say comes from the TrainingArguments, weight decay for biases and norms included.
 
     Raises:
-        ValueError: an optimizer is passed as well (under DeepSpeed the Trainer would drop it without a word), or
+        ValueError: an optimizer is chosen in another way too, which the Trainer would drop without a word, or
             ``save_on_each_node`` is set (a checkpoint's parts are in one folder).
+        RuntimeError: when training begins: something else than LoFT would train.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -77,10 +93,26 @@ class LoFTMixin(Base):
         self.use_loft = use_loft
         self.loft_kwargs = loft_kwargs or {}
         super().__init__(*args, **kwargs)
-        if use_loft and self.optimizer is not None:
-            raise ValueError("LoFTTrainer builds LoFTAdamW by itself: pass loft_kwargs={...}, not optimizers=(...)")
+        if use_loft and (dropped := self._dropped()):
+            raise ValueError(
+                f"LoFTTrainer builds LoFTAdamW by itself and would drop {dropped}: leave that out and pass "
+                "loft_kwargs={...} (parameter groups as its 'params'), or use_loft=False"
+            )
         if use_loft and self.args.save_on_each_node:
             raise ValueError("LoFT saves into one folder that all ranks see: leave save_on_each_node out")
+
+    def _dropped(self) -> str | None:
+        """What chooses an optimizer besides LoFT, if anything does."""
+        if self.optimizer is not None:
+            return "optimizers=(...)"
+        if self.optimizer_cls_and_kwargs is not None:
+            return "optimizer_cls_and_kwargs=(...)"
+        order = type(self).__mro__
+        for base in order[order.index(LoFTMixin) + 1 : order.index(Trainer)]:
+            for method in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
+                if method in vars(base):
+                    return f"{base.__name__}.{method}"
+        return next((f"TrainingArguments({name}=...)" for name in dropped_arguments(self.args, type(self.args))), None)
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Build LoFTAdamW from the TrainingArguments, in the Trainer's two groups of parameters."""
@@ -89,19 +121,19 @@ class LoFTMixin(Base):
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.optimizer = self._loft = LoFTAdamW(
-            model,
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
+        settings = {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+            "weight_decay": self.args.weight_decay,
             # Under DeepSpeed the JSON's "gradient_clipping" says it, which the Trainer fills in from the same argument.
-            max_grad_norm=None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
-            params=[
-                {"params": [p for name, p in trained if name in decayed], "weight_decay": self.args.weight_decay},
+            "max_grad_norm": None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
+            "params": [
+                {"params": [p for name, p in trained if name in decayed]},
                 {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
             ],
-            **self.loft_kwargs,
-        )
+        }
+        self.optimizer = self._loft = LoFTAdamW(model, **{**settings, **self.loft_kwargs})
         return self._loft
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
@@ -153,9 +185,12 @@ class LoFTMixin(Base):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is None or not self.use_loft:
+        if not self.use_loft:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._check_that_loft_trains()
+        if resume_from_checkpoint is None:
+            return prepared
         schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
         in_json = isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
         if last_tag(resume_from_checkpoint) is not None and schedule.is_file() == in_json:
@@ -167,6 +202,15 @@ class LoFTMixin(Base):
         if self.accelerator.scaler is not None:  # of float16 without DeepSpeed
             self._load_scaler(resume_from_checkpoint)
         return prepared
+
+    def _check_that_loft_trains(self) -> None:
+        """Also what was chosen where nobody calls ``create_optimizer``, or another one than this class's."""
+        optimizer = self.model_wrapped.basic_optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
+        if not isinstance(optimizer, LoFTAdamW):
+            raise RuntimeError(
+                f'{type(optimizer).__name__} would train, and not LoFT: leave "optimizer" out of the DeepSpeed JSON, '
+                "let an own create_optimizer call super().create_optimizer(), or pass use_loft=False"
+            )
 
     def _load_best_model(self) -> None:
         # State and weights together: bases are those of the weights.

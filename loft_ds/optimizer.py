@@ -18,6 +18,7 @@ from .adapters import find_trainable, started_from_gradients
 from .blocks import JOINT_RANK, Blocks
 from .runtime import Runtime
 from .sharding import Layout
+from .state_dict import build, own, pack, unpack
 from .zero.attachment import Attachment
 
 
@@ -96,8 +97,13 @@ class LoFTAdamW(Optimizer):
         self._runtime = Runtime(self.trainable, self.blocks, second_moment_dtype, offload_second_moment)
         self.place = self._runtime.place
         trained = list(self.trainable.parameters.values())
+        if strange := [name for name, p in self.trainable.parameters.items() if p.is_complex()]:
+            raise ValueError(
+                f"{strange[0]} is complex: LoFTAdamW trains real numbers. Leave it out, or train its parts."
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(_groups(trained if params is None else params, trained), defaults)
+        self.register_state_dict_post_hook(pack)
         for group in self.param_groups:
             _check(group)
         self.group_members = [list(group["params"]) for group in self.param_groups]  # DeepSpeed rewrites the groups
@@ -140,27 +146,17 @@ class LoFTAdamW(Optimizer):
             variant["joint_rank"] = JOINT_RANK  # may be another one in another version
         return variant
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, and the variant of the method that the state belongs to."""
-        return {**super().state_dict(), "variant": self.variant}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, for what :meth:`state_dict` gave on the same world size and stage.
 
         Raises:
             ValueError: a state of other parameters, of another optimizer or of another variant of the method.
         """
-        strange = [k for k, value in state_dict["state"].items() if value and k not in self.trainable.parameters]
-        if strange or state_dict.get("variant") != self.variant:
-            raise ValueError(
-                f"this is no state of this optimizer: it is of {strange[:1] or state_dict.get('variant')}, not of "
-                f"{self.variant}"
-            )
-        own = {
-            name: {kind: t.clone() if isinstance(t, Tensor) else t for kind, t in state.items()}
-            for name, state in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": own})
+        last = self.register_load_state_dict_pre_hook(unpack)  # after those that a user has registered
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -168,6 +164,17 @@ class LoFTAdamW(Optimizer):
         super().__setstate__(state)
         if loaded is not None:
             self.state = loaded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with its model, and built anew from it."""
+        settings = {
+            "max_grad_norm": self.max_grad_norm,
+            "blocks": self.blocks,
+            "second_moment_dtype": self.second_moment_dtype,
+            "offload_second_moment": self.offload_second_moment,
+            **self.defaults,
+        }
+        return build, (type(self), self.model, settings, self.param_groups, own(self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer is built: factors are paired at construction."""
@@ -205,7 +212,8 @@ class LoFTAdamW(Optimizer):
                 loss = closure()
         layout = self._attachment.to_step(self)
         if layout is not None and layout.collect(self.param_groups):
-            with algebra.products_in("ieee"):
+            device = self._global_grad_norm.device.type
+            with torch.autocast(device, enabled=False), algebra.products_in("ieee"):
                 norm = self._runtime.take_step(layout, self.max_grad_norm)
             self._global_grad_norm = self._global_grad_norm.to(norm.device).copy_(norm)  # a model may have been moved
             self._attachment.stepped(self._global_grad_norm)
@@ -213,11 +221,15 @@ class LoFTAdamW(Optimizer):
 
 
 def _groups(params: Iterable[Any], trained: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups without the empty ones, which DeepSpeed drops and torch's schedulers then trip over."""
+    """Parameter groups without the empty ones, which DeepSpeed drops and torch's schedulers then trip over.
+
+    Of parameters, or of pairs of a name and a parameter, as torch's optimizers take them.
+    """
     groups = list(params)
     groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
     groups = [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in groups]
-    given, wanted = {id(p) for g in groups for p in g["params"]}, {id(p) for p in trained}
+    given = {id(p[1] if isinstance(p, tuple) else p) for g in groups for p in g["params"]}
+    wanted = {id(p) for p in trained}
     if given != wanted:
         raise ValueError(
             f"params must be the model's trainable parameters: {len(wanted - given)} of them are missing and "

@@ -58,6 +58,11 @@ class Side:
         return self.home[0].group
 
     @property
+    def lr(self) -> float:
+        """The learning rate; a tensor's value, as torch's optimizers take one."""
+        return float(self.group["lr"])
+
+    @property
     def betas(self) -> tuple[float, float]:
         beta1, beta2 = self.group["betas"]
         return beta1, beta2
@@ -235,8 +240,9 @@ def side_from(factor: Factor, state: State, rows: Rows, place: Place, concerned:
             f"this rank owns {rows.count} from row {rows.start} on: it was saved on another world size or ZeRO stage. "
             "Resume on the same ones."
         )
-    device = rows.values.device
-    placed = {kind: place(kind, t, device) for kind, t in state.items() if isinstance(t, Tensor)}
+    # A state may have been gathered in another precision. Of the second moment it is the optimizer's choice.
+    of_rows = {kind: state[kind].to(rows.values.dtype) for kind in ("momentum", "before", "pending") if kind in state}
+    placed = {k: place(k, t, rows.values.device) for k, t in {**state, **of_rows}.items() if isinstance(t, Tensor)}
     side = side_at_start(factor, rows, placed.pop("second_moment"), concerned)
     for kind, tensor in placed.items():
         stacked = tensor if factor.experts > 1 else tensor[None]

@@ -183,13 +183,17 @@ class Runtime:
         """A pair at its start, or as it was loaded."""
         loaded = {f: self._loaded.pop(f.name, None) for f in (a, a.partner)}
         a_side, b_side = (
-            side_from(f, state, rows[f], self.place, concerned)
+            side_from(f, self._in_own_dtype(state, rows[f]), rows[f], self.place, concerned)
             if state
             else side_at_start(f, rows[f], self._empty_second_moment(f, rows[f].values), concerned)
             for f, state in loaded.items()
         )
         state = loaded[a]
         return Pairs(a_side, b_side, self.blocks.moves_jointly(a.rank), state["step"] if state else 0)
+
+    def _in_own_dtype(self, state: State, rows: Rows) -> State:
+        dtype = self.second_moment_dtype or rows.values.dtype
+        return {**state, "second_moment": state["second_moment"].to(dtype)}
 
     def _empty_second_moment(self, factor: Factor, values: Tensor) -> Tensor:
         shape = (*values.shape[:-1], self.blocks.state_width(factor.rank))
@@ -272,7 +276,7 @@ class Runtime:
             moments.exp_avg,
             moments.exp_avg_sq,
             step=moments.step,
-            lr=part.group["lr"],
+            lr=float(part.group["lr"]),
             betas=part.group["betas"],
             eps=part.group["eps"],
             weight_decay=part.group["weight_decay"],
@@ -290,7 +294,7 @@ class Runtime:
                     f"the loaded state of {part.name} is of another slice than this rank's: it was saved on another "
                     "world size or ZeRO stage. Resume on the same ones."
                 )
-            exp_avg, exp_avg_sq = (state[kind].to(values.device) for kind in ("exp_avg", "exp_avg_sq"))
+            exp_avg, exp_avg_sq = (state[kind].to(values) for kind in ("exp_avg", "exp_avg_sq"))
             moments = Moments(part.start, exp_avg, exp_avg_sq, state["step"])
         self._others[part.name] = moments
         return moments

@@ -73,7 +73,7 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
 
     # 3. The leading factor moves by AdamW's step of the full matrix, projected on what it can reach.
     step = full_step(lead, pairs, (yield Phase.PARTNERS, lead), blocks)
-    move(lead, step, decay=lead.group["lr"] * lead.group["weight_decay"])
+    move(lead, step, decay=lead.lr * lead.group["weight_decay"])
 
     # 4. Calibration: moments, and what they have not had yet, of the following one turn to where the leading one went.
     asked = [*overlaps(lead), overlaps(follow)[0], step.double().square().sum((1, 2))]
@@ -90,10 +90,10 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
         outer = outer - inner.mT @ inner
         shorter = within_bound(outer, length, pairs, blocks)
         move(follow, shorter.to(step) * (step - (span_of(follow, lead, s) @ inner).to(step)))
-        growth = (shorter * follow.group["lr"]) ** 2 * (follow.basis @ outer @ follow.basis.mT)
+        growth = (shorter * follow.lr) ** 2 * (follow.basis @ outer @ follow.basis.mT)
 
     # 6. The same product as the shortest factors.
-    if blocks.balancing:
+    if blocks.balancing and (lead.lr or follow.lr):
         grams = {lead: algebra.unpack(gram), follow: algebra.unpack(own) + growth}
         balance(pairs.A, pairs.B, grams[pairs.A], grams[pairs.B])
 
@@ -173,7 +173,7 @@ def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor
 def move(x: Side, step: Tensor, decay: float = 0.0) -> None:
     """Move rows by a step in coordinates (b, k, r). ``W`` decays with the leading factor, once a step."""
     x.before = x.rows
-    x.rows = torch.add(x.before * (1 - decay), step @ x.basis.mT.to(step), alpha=-x.group["lr"])
+    x.rows = torch.add(x.before * (1 - decay), step @ x.basis.mT.to(step), alpha=-x.lr)
 
 
 def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:

@@ -154,6 +154,11 @@ class Division:
         return self.summed((p.owned, p.factor.width, 0) for p in self.moving)
 
     @cached_property
+    def holding(self) -> Tensor:
+        """(N,), elements that each rank holds, of what another rank may own."""
+        return self.summed((p.held, 1, 0) for p in self.moving)
+
+    @cached_property
     def left(self) -> Tensor:
         """(N,), elements of AdamW's that each rank holds."""
         return self.summed((cut, 1, 0) for cut in self.others)

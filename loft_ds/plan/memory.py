@@ -77,7 +77,7 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     """Bytes of what comes and goes within a step, the largest of any rank; an estimate from the code, not measured.
 
     Of the optimizer: the gradients as DeepSpeed hands them over in float32, and then the larger of two. While rows are
-    read, what the exchange of one side holds at once. After that the gradients that came from elsewhere, the scaled
+    read, what the exchange of one side holds, beside what came for the other one. After that the gradients that came from elsewhere, the scaled
     gradients of both sides (where both move, one of them in place of ``before``), and the partners of one side as they
     are sent, received and put in order. Beside these the arithmetic of one stack, several times its rows and partners
     in float64, the kernels' workspace, and chunks of what is offloaded.
@@ -89,8 +89,8 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     """
     partners = torch.maximum(*division.partners.values()).clamp(max=4 * BUCKET_BYTES // FLOAT)
     scaled = division.larger if division.joint else division.elements
-    carried = 5 * division.size if division.moving else 0
-    numbers = division.size + max(carried, int((division.travelling + scaled + 3 * partners).max()))
+    carried = 6 * torch.maximum(division.holding, division.travelling)
+    numbers = division.size + int(torch.maximum(carried, division.travelling + scaled + 3 * partners).max())
     owned = int(division.elements.max())
     stack = max(max(f.rank * (f.count + f.partner.count), min(f.numel, owned)) for f in division.factors)
     arithmetic = 5 * max(STACK_BYTES, DOUBLE * stack) + WORKSPACE_BYTES

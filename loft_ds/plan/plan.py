@@ -22,16 +22,22 @@ from .traffic import Traffic, deepspeed_traffic, received, traffic
 def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
     """Operations and bytes of memory traffic of LoFT's step on every rank, (N,), the mean of one of ``B`` and of ``A``.
 
-    See ``floor`` of benchmarks/step_time.py; here for a part of the rows, with the whole of the partner.
+    See ``floor`` of benchmarks/step_time.py; here for a part of the rows, with the whole of the partner, and with all
+    products of :mod:`loft_ds.step`. Counted are two steps: in one of them a factor leads, in the other it follows.
     """
-    operations, numbers = [], []
+    joint, operations, numbers = division.joint, [], []
+    moves = 2 if joint else 1
     for f, partition in division.partitions.items():
         e, l, r = f.experts, f.partner.count, f.rank  # noqa: E741
         packed = r * (r + 1) // 2
-        a_row = 2 * l * (packed + 2 * r) + 3 * r**3 + 12 * r**2
-        operations.append((partition.owned, e * a_row, e * 2 * r**2 * l))
-        numbers.append((partition.owned, e * (2 * packed + 10 * r), e * 3 * l * r))
-    return division.turns * division.summed(operations), division.turns * FLOAT * division.summed(numbers)
+        # In its moves V, M and U @ Q. In one of them its second moments turn. The other products of rows (k, r) and
+        # matrices (r, r): 7 as it leads and 14 as it follows, or 6 and 5. So many rows are read or written.
+        products, passes = (21, 24) if joint else (11, 14)
+        a_row = moves * 2 * l * (packed + 2 * r) + 3 * r**3 + products * 2 * r**2
+        # Of the partner, Q and the corrections. Of the pair, what turns bases and weights.
+        operations.append((partition.owned, e * a_row, e * (moves * 4 * l * r**2 + (28 if joint else 8) * r**3)))
+        numbers.append((partition.owned, e * (moves * 2 * packed + passes * r), e * moves * 3 * l * r))
+    return division.summed(operations) / 2, FLOAT * division.summed(numbers) / 2
 
 
 @dataclass(frozen=True)

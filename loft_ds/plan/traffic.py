@@ -84,10 +84,9 @@ def received(division: Division) -> dict[str, Tensor]:
         begin, end = lines + unit * owned.edges[:-1], lines + unit * owned.edges[1:]
         both = (end.minimum(bounds[1:]) - begin.maximum(bounds[:-1])).clamp(min=0).sum(0)
         stay[owned.ranks.start : owned.ranks.stop] += alike * both
-    holding = division.summed((p.held, 1, 0) for p in division.moving)
     return {
         "gradients": FLOAT * (division.travelling - stay).double(),
-        "updates": FLOAT * (holding - stay).double(),
+        "updates": FLOAT * (division.holding - stay).double(),
         "partners": FLOAT * division.turns * sum(division.partners.values()).double(),
         "products": products(division),
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..factors import Trainable, shape_of
 from ..sharding import Layout, Whole
@@ -16,6 +18,10 @@ from .stages import layout_of
 
 if TYPE_CHECKING:
     from ..optimizer import LoFTAdamW
+
+
+# The watch over each parameter. Not an attribute of it: a model is to be pickled without its optimizer.
+_HANDLES: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
 
 
 class Attachment:
@@ -123,12 +129,10 @@ class _Watch:
 
     def over(self, param: nn.Parameter) -> None:
         """Watch a parameter, in place of the LoFTAdamW built before."""
-        earlier = getattr(param, "_loft_hook", None)
-        if earlier is not None:
-            earlier.remove()
-        handle = param.register_post_accumulate_grad_hook(self._on_gradient)
-        param._loft_hook = handle  # type: ignore[attr-defined]
-        self._handles.append(handle)
+        if param in _HANDLES:
+            _HANDLES[param].remove()
+        _HANDLES[param] = param.register_post_accumulate_grad_hook(self._on_gradient)
+        self._handles.append(_HANDLES[param])
 
     def _on_gradient(self, param: Tensor) -> None:
         optimizer, attachment = self._optimizer(), self._attachment()

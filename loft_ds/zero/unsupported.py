@@ -46,13 +46,17 @@ class Unsupported:
         return f"LoFT does not support {found if isinstance(found, str) else self.name}: {self.remedy}"
 
 
-def find_json_refusal(config: dict[str, Any]) -> str | None:
-    """Why LoFT cannot train under a DeepSpeed JSON; None where it can.
+def find_json_refusals(config: dict[str, Any], *, auto_fp16: bool = False) -> list[str]:
+    """Why LoFT cannot train under a DeepSpeed JSON: all that stands against it.
 
     Args:
-        config: the settings, with ``fp16.enabled`` as it will be where the file says "auto".
+        config: the settings.
+        auto_fp16: what ``"auto"`` will stand for in ``fp16.enabled``.
     """
-    return next((row.refusal() for row in UNSUPPORTED if row.found_in_json(config)), None)
+    fp16 = _section(config, "fp16")
+    if fp16.get("enabled") == "auto":
+        config = {**config, "fp16": {**fp16, "enabled": auto_fp16}}
+    return [row.refusal() for row in UNSUPPORTED if row.found_in_json(config)]
 
 
 def find_engine_refusal(engine: DeepSpeedEngine) -> str | None:
@@ -78,7 +82,8 @@ def format_table() -> str:
 
 def _section(config: dict[str, Any], *names: str) -> dict[str, Any]:
     for name in names:
-        config = config.get(name) or {}
+        inner = config.get(name)
+        config = inner if isinstance(inner, dict) else {}
     return config
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from .adapters import adapters_of, parameters_of, started_from_gradients
+from .adapters import lost_starts, uncompiled
 from .checkpoint import attached
-from .ranks import first_rank, together
+from .ranks import all_gather, first_rank, together
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from .optimizer import LoFTAdamW
+
+# Where PEFT has its LoRA layers for quantised base layers.
+QUANTISED = {f"peft.tuners.lora.{kind}" for kind in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao")}
 
 
 def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *, merge: bool = False) -> None:
@@ -29,67 +34,45 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
         target: the engine, or without DeepSpeed the optimizer.
         directory: where ``PeftModel.from_pretrained`` will read it.
         merge: write the whole model with the adapter merged into ``directory/merged`` as well. The first rank then
-            loads the base model from where the adapter's config says it came from, on the CPU.
+            loads the base model from where the adapter's config says it came from, on the CPU. This is the way at ZeRO
+            stage 3, where PEFT's ``merge_and_unload()`` finds partitioned weights and has nothing to merge into.
 
     Raises:
-        ValueError: ``merge`` of an adapter that started from LoRA-GA: it belongs to weights that are not on disk.
+        ValueError: ``merge`` of what does not belong to the weights on disk: an adapter whose start changed the frozen
+            weights for good, a quantised base, another adapter than ``default``. A model of which PEFT saves nothing.
     """
     optimizer, _, engine = attached(target)
-    model = cast(PeftModel, optimizer.model if engine is None else engine.module)
-    if merge and (started := started_from_gradients(model)):
-        raise ValueError(
-            f"merge=True would merge {', '.join(started)} into the model on disk, from whose weights LoRA-GA took its "
-            "start out. Merge the model in memory: model.merge_and_unload()."
+    with uncompiled(optimizer.model if engine is None else engine.module) as plain:
+        model = cast(PeftModel, plain)
+        if merge and (reason := _not_on_disk(model)):
+            raise ValueError(f"merge=True merges into the model on disk, and {reason}")
+        state = adapter_state_dict(model, engine)
+        with together():
+            if first_rank():
+                model.save_pretrained(str(directory), state_dict=state)
+                if merge:
+                    _merge(Path(directory))
+
+
+def _not_on_disk(model: PeftModel) -> str | None:
+    """Why base model and adapter as they will be loaded are not the trained model, and what to do; None if they are."""
+    if lost := lost_starts(model):
+        starts = ", ".join(f"{adapter} ({start})" for adapter, start in lost.items())
+        return (
+            f"no reload gives back the weights that the start of {starts} left. If that start was saved before the "
+            "first step, save_pretrained's path_initial_model_for_weight_conversion makes of both an adapter of the "
+            "model on disk."
         )
-    state = adapter_state_dict(model, engine)
-    with together():
-        if first_rank():
-            model.save_pretrained(str(directory), state_dict=state)
-            if merge:
-                _merge(Path(directory))
-
-
-def _merge(directory: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
-    from transformers.integrations import deepspeed as integration
-
-    # Under stage 3 transformers would shard the model it loads over all ranks.
-    config = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        model = AutoPeftModelForCausalLM.from_pretrained(directory)
-    finally:
-        integration._hf_deepspeed_config_weak_ref = config
-    model.merge_and_unload().save_pretrained(directory / "merged")
-
-
-def adapter_state_dict(model: nn.Module, engine: DeepSpeedEngine | None) -> dict[str, Tensor]:
-    """All that PEFT may save of a model, whole, on the CPU, under any ZeRO stage.
-
-    That is what is trained, every adapter whether it is trained or not, and the buffers.
-
-    A collective under stage 3: all ranks call it, one parameter at a time is gathered.
-    """
-    if engine is not None and engine.zero_optimization_partition_weights():
-        engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
-    kept = {id(p) for p in model.parameters() if p.requires_grad}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            kept |= {id(p) for adapter in adapters_of(module) for p in parameters_of(module, adapter)}
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            frozen = {id(p) for p in module.original_module.parameters()}
-            kept |= {id(p) for p in module.parameters()} - frozen
-    state = {name: _whole(param) for name, param in model.named_parameters() if id(param) in kept}
-    return state | {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-
-
-def _whole(param: nn.Parameter) -> Tensor:
-    if not hasattr(param, "ds_id"):
-        return param.detach().cpu()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([param]):
-        return param.detach().cpu().clone()
+    if getattr(model.get_base_model(), "is_quantized", False) or any(
+        type(m).__module__ in QUANTISED for m in model.modules()
+    ):
+        return (
+            "the adapter was trained on quantised weights. Export it without merge, then merge it into what it was "
+            "trained on: base.dequantize(), PeftModel.from_pretrained(base, directory).merge_and_unload()."
+        )
+    if model.active_adapters != ["default"]:
+        return f"of the adapters only 'default' would be, while active are {model.active_adapters}."
+    return None
 
 
 def _merge(directory: Path) -> None:
@@ -144,9 +127,10 @@ def _saved(model: PeftModel, tensors: dict[str, Tensor]) -> list[str]:
         raise ValueError(f"PEFT finds nothing to save in this model for the adapters {list(model.peft_config)}")
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if left_out and first_rank():
+        rest = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         warnings.warn(
-            f"PEFT saves no trained parameter outside of its adapters: {', '.join(left_out[:3])}{' ...' if len(left_out) > 3 else ''}. Have their modules saved with "
-            "LoraConfig(modules_to_save=[...]) from the start, or save them yourself.",
+            f"PEFT does not save these trained parameters: {', '.join(left_out[:3])}{rest}. It saves a module that "
+            "LoraConfig(modules_to_save=[...]) names.",
             stacklevel=2,
         )
     return names

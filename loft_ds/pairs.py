@@ -241,7 +241,9 @@ def side_from(factor: Factor, state: State, rows: Rows, place: Place, concerned:
             "Resume on the same ones."
         )
     # A state may have been gathered in another precision. Of the second moment it is the optimizer's choice.
-    of_rows = {kind: state[kind].to(rows.values.dtype) for kind in ("momentum", "before", "pending") if kind in state}
+    of_rows: State = {
+        kind: state[kind].to(rows.values.dtype) for kind in ("momentum", "before", "pending") if kind in state
+    }
     placed = {k: place(k, t, rows.values.device) for k, t in {**state, **of_rows}.items() if isinstance(t, Tensor)}
     side = side_at_start(factor, rows, placed.pop("second_moment"), concerned)
     for kind, tensor in placed.items():

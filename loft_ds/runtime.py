@@ -17,6 +17,12 @@ from .pairs import Pairs, Side, State, most_pairs, pieces, side_at_start, side_f
 from .sharding import Layout, Rows, Share, Slice, compute_dtype
 from .step import Partner, Phase, Step, loft_step
 
+NO_GRADIENT = (
+    "no LoRA pair has a gradient, so LoFT has nothing to do in this step. Call backward() first; if a loss was "
+    "computed, check that the adapters are active and take part in it. Gradient checkpointing passes none on to "
+    "adapters behind frozen embeddings, unless it has use_reentrant=False or enable_input_require_grads() was called."
+)
+
 
 @dataclass(eq=False)
 class Moments:
@@ -65,6 +71,7 @@ class Runtime:
         self._others: dict[str, Moments] = {}
         self._loaded: dict[str, State] = {}  # until the first step says which rows are this rank's
         self._order = {a: i for i, (a, _) in enumerate(trainable.pairs)}
+        self._seen = False  # a gradient of a pair that is not zero
 
     @property
     def state(self) -> dict[str, State]:
@@ -81,6 +88,7 @@ class Runtime:
     @state.setter
     def state(self, state: Mapping[str, State]) -> None:
         self._stacks, self._others, self._loaded = [], {}, {name: dict(each) for name, each in state.items()}
+        self._seen = bool(state)
 
     def place(self, kind: str, tensor: Tensor, device: torch.device) -> Tensor:
         """A part of a factor's state where it belongs while ``device`` works on it; itself if it is there."""
@@ -98,12 +106,19 @@ class Runtime:
         """
         share = layout.read()
         if not share.rows:
-            raise RuntimeError(
-                "no LoRA pair has a gradient, so LoFT has nothing to do in this step. Call backward() first; if a loss "
-                "was computed, check that the adapters are active and take part in it."
-            )
+            raise RuntimeError(NO_GRADIENT)
+        stacks = self._stacks_of(share.rows, layout)
+        before = [stack.step for stack in stacks]
+        try:
+            return self._step(stacks, share, layout, max_grad_norm)
+        except Exception:  # a step that failed is none
+            for stack, step in zip(stacks, before, strict=True):
+                stack.step = step
+            raise
+
+    def _step(self, stacks: Sequence[Pairs], share: Share, layout: Layout, max_grad_norm: float | None) -> Tensor:
         running = []
-        for stack in self._stacks_of(share.rows, layout):
+        for stack in stacks:
             if layout.concerns(stack.A.factors[0]):
                 running.append(_Running(stack, loft_step(stack, self.blocks), None))
                 running[-1].answer(None)
@@ -223,17 +238,30 @@ class Runtime:
             each.answer(each.question)
 
     def _norm(self, running: Sequence[_Running], share: Share, layout: Layout) -> Tensor:
-        """The norm over all ranks: of pairs what they say, of all else the gradients."""
-        parts = [
+        """The norm over all ranks: of pairs what they say, of all else the gradients.
+
+        Raises:
+            RuntimeError: only what is in no pair has ever had a gradient. DeepSpeed fills in zeros where there is none.
+        """
+        device = next(iter(share.rows.values())).values.device
+
+        def square(tensors: Sequence[Tensor]) -> Tensor:
+            norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if tensors else []
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            return torch.stack([zero, *(norm.to(device) for norm in norms)]).square().sum()
+
+        others = square([part.grad for part in share.others])
+        pairs = others.new_ones(()) if self._seen else square([rows.grad for rows in share.rows.values()])
+        said = [
             own + alike / layout.sharers(each.stack.A.factors[0]) for each in running for own, alike in [each.question]
         ]
-        if share.others:
-            norms = torch._foreach_norm([part.grad for part in share.others], 2, dtype=torch.float64)
-            parts.append(torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum())
-        device = next(iter(share.rows.values())).values.device
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        total = torch.stack([zero, *(part.to(device) for part in parts)]).sum()
-        return layout.all_reduce(total).clamp_min(0).sqrt()  # of nothing but rounding it may be below zero
+        total = torch.stack([others, *(part.to(device) for part in said)]).sum()
+        sums = layout.all_reduce(torch.stack([total, others, pairs]))
+        if not self._seen:
+            self._seen = bool(sums[2] > 0)
+            if not self._seen and bool(sums[1] > 0):
+                raise RuntimeError(NO_GRADIENT)
+        return sums[0].clamp_min(0).sqrt()  # of nothing but rounding it may be below zero
 
     def _gather(self, running: Sequence[_Running], phase: Phase, moving: Sequence[Factor], layout: Layout) -> None:
         """Answer with whole partners, bucket by bucket: never are all of them here at once."""

@@ -28,7 +28,7 @@ def build(
 ) -> LoFTAdamW:
     """An optimizer from its copied or pickled parts."""
     optimizer = kind(model, params=groups, **settings)
-    optimizer.state = state  # type: ignore[assignment]
+    optimizer.state = state
     return optimizer
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import assets
 import train
@@ -51,6 +52,10 @@ def no_weights(monkeypatch):
 
     monkeypatch.setattr(train.AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(train, "build", refuse)
+
+
+def default_optim() -> str:
+    return next(field.default for field in fields(TrainingArguments) if field.name == "optim")
 
 
 # --- flags
@@ -227,18 +232,29 @@ def settings(tmp_path: Path, change=None, name: str = "zero2") -> str:
         (lambda c: c.update(gradient_cliping=1.0), "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
         (
             lambda c: c["zero_optimization"].update(stge=1),
-            "unknown key 'stge' in DeepSpeedZeroConfig; did you mean 'stage'?",
+            "unknown key 'stge' in zero_optimization; did you mean 'stage'?",
         ),
         (
             lambda c: c["zero_optimization"].update(offload_optimizer={"devise": "cpu"}),
-            "unknown key 'devise' in offload_optimizer; did you mean 'device'?",
+            "unknown key 'devise' in zero_optimization.offload_optimizer; did you mean 'device'?",
         ),
         (
             lambda c: c["zero_optimization"].update(offload_param={"device": "cpu", "pin_memry": True}),
-            "unknown key 'pin_memry' in offload_param; did you mean 'pin_memory'?",
+            "unknown key 'pin_memry' in zero_optimization.offload_param; did you mean 'pin_memory'?",
         ),
-        (lambda c: c["bf16"].update(enable=True), "unknown key 'enable' in .*; did you mean 'enabled'?"),
-        (lambda c: c["zero_optimization"].update(stage=4), "'stage' in DeepSpeedZeroConfig: Input should be"),
+        (lambda c: c["bf16"].update(enable=True), "unknown key 'enable' in bf16; did you mean 'enabled'?"),
+        (
+            lambda c: c.update(tensorboard={"enable": True}),
+            "unknown key 'enable' in tensorboard; did you mean 'enabled'?",
+        ),
+        (lambda c: c["zero_optimization"].update(stage=4), "'zero_optimization.stage': Input should be"),
+        (lambda c: c.update(zero_optimization=True), "'zero_optimization' must hold settings, not True"),
+        (lambda c: c.update(bf16=True), "'bf16' must hold settings, not True"),
+        (
+            lambda c: c["bf16"].update(enabled=True),
+            "bf16.enabled=True, but the flags say bf16|bf16_full_eval=False; let",
+        ),
+        (lambda c: c.update(gradient_clipping=0.5), "gradient_clipping=0.5, but the flags say max_grad_norm=1.0; let"),
         (lambda c: c.update(elasticity={}), "Elastic training has been removed"),
         (lambda c: c.update(optimizer={"type": "AdamW"}), "'optimizer' would train in place of LoFT"),
         (lambda c: c.pop("zero_allow_untested_optimizer"), 'needs "zero_allow_untested_optimizer": true'),
@@ -253,8 +269,63 @@ def test_a_bad_setting_is_named(tmp_path, text, change, message, no_weights):
     with pytest.raises(SettingsError) as error:
         train.train(["--deepspeed", path, "--train_file", str(text)])
     assert "\n" not in str(error.value)
-    assert error.match(message.replace("?", r"\?"))
+    assert error.match(message.replace("?", r"\?").replace("|", r"\|"))
     assert str(error.value).startswith(path)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path, text, no_weights):
+    def spoil(config):
+        config["zero_optimization"].update(stge=1, reduce_bucket_size="many", offload_optimizer={"devise": "cpu"})
+        config.update(_comment="no mistake", communication_data_type="fp12", elasticity={}, gradient_cliping=1.0)
+        config.update(optimizer={"type": "AdamW"}, bf16={"enabled": True, "x": 1})
+        del config["zero_allow_untested_optimizer"]
+
+    path = settings(tmp_path, spoil)
+    with pytest.raises(SettingsError) as error:
+        train.train(["--deepspeed", path, "--train_file", str(text)])
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    said = [
+        *("'zero_optimization.reduce_bucket_size': Input", "'devise' in zero_optimization.offload_optimizer; did you"),
+        *("'stge' in zero_optimization; did you mean 'stage'?", "'x' in bf16", "Got: fp12", "'elasticity'"),
+        *("did you mean 'gradient_clipping'?", "bf16.enabled=True, but", "'optimizer' would train in place of LoFT"),
+        '"zero_allow_untested_optimizer": true',
+    ]
+    assert [word for word in said if sum(word in line for line in lines) != 1] == []
+    assert len(lines) == len(said)
+
+
+def test_the_settings_of_one_section_may_need_another(tmp_path):
+    """As DeepSpeed gets one after the other."""
+    path = settings(tmp_path, lambda c: c.update(bf16={"enabled": True, "bf16_master_weights_and_grads": True}))
+    assert read_deepspeed_json(path)["bf16"]["enabled"]
+    both = settings(tmp_path, lambda c: c.update(bf16={"enabled": True}, fp16={"enabled": True}))
+    with pytest.raises(SettingsError, match=r"^\S+: '..16': bfloat16 and fp16 modes cannot be simultaneously enabled$"):
+        read_deepspeed_json(both)
+
+
+def test_keys_that_deepspeed_ignores_are_a_warning(tmp_path):
+    path = settings(tmp_path, lambda c: c.update(_comment="for the cluster", comms_config={"verbose": True}))
+    with pytest.warns(UserWarning, match=rf"^{path}: DeepSpeed ignores '_comment', 'comms_config'$"):
+        assert read_deepspeed_json(path)["_comment"] == "for the cluster"
+
+
+@pytest.mark.parametrize("form", ["compute_environment: LOCAL_MACHINE\nnum_machines: 1", '{"distributed_type": "NO"}'])
+def test_a_configuration_of_accelerates_is_called_so(tmp_path, form, no_weights):
+    file = tmp_path / "accelerate"
+    file.write_text(form)
+    with pytest.raises(SettingsError, match=r"a configuration of Accelerate's.*`accelerate launch --config_file`"):
+        train.train(["--deepspeed", str(file)])
+
+
+def test_the_json_of_accelerate_launch_is_read_as_the_flags(tmp_path, text, monkeypatch, no_weights):
+    path = settings(tmp_path, lambda c: c["bf16"].update(enabled=True))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)
+    assert parse([]).deepspeed is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert parse(["--deepspeed", "other.json"]).deepspeed == "other.json"
+    with pytest.raises(SettingsError, match=rf"^{path}: bf16\.enabled=True, but the flags say"):
+        train.train(["--train_file", str(text)])
 
 
 def test_batch_sizes_are_the_trainer_s_to_check(tmp_path):
@@ -304,7 +375,17 @@ def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
         (["--block_size", "100000"], "give more text or a --block_size below 100000"),
         (["--eval_fraction", "1.5"], "must lie between 0 and 1"),
         (["--target_parameters", "mlp.experts.up"], r"--target_parameters mlp\.experts\.up: the model has no such"),
+        (["--modules_to_save", "head"], r"--modules_to_save head: the model has no such"),
         (["--optimizer", "lora", "--offload_second_moment"], "LoFT's: --optimizer lora"),
+        (
+            ["--optimizer", "lora", "--head_learning_rate", "0", "--modules_to_save", "lm_head"],
+            "LoFT's: --optimizer lora",
+        ),
+        (["--head_learning_rate", "1e-2"], "nothing trains outside the adapters; name it by --modules_to_save"),
+        (["--optimizer", "full", "--modules_to_save", "lm_head"], "the adapters': --optimizer full has none"),
+        (["--optimizer", "full", "--target_modules", "q_proj"], "the adapters': --optimizer full has none"),
+        (["--optim", "adafactor"], "--optim is another optimizer's: --optimizer loft would drop it"),
+        (["--optim_target_modules", "q_proj"], "--optim_target_modules is another optimizer's"),
     ],
 )
 def test_a_model_that_cannot_take_the_adapters_is_refused(model, text, flags, message, no_weights):
@@ -335,6 +416,17 @@ def test_a_mistake_ends_the_process_with_one_line_and_no_traceback(tmp_path, mon
     assert stop.value.code == f"train.py: error: {tmp_path}/missing.json: no such file"
 
 
+def test_several_mistakes_are_a_line_each(tmp_path, monkeypatch):
+    path = settings(tmp_path, lambda c: c.update(gradient_cliping=1.0, zero_optimisation={}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed", path])
+    monkeypatch.setattr(train, "prepare_process", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    lines = stop.value.code.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"train.py: error: {path}: unknown key") for line in lines)
+
+
 def test_flags_that_do_not_go_together_are_one_line(model, text):
     with pytest.raises(SettingsError, match=r"^At most one of fp16 and bf16 can be True"):
         train.train(["--model_name_or_path", str(model), "--train_file", str(text), "--use_cpu", "--fp16", "--bf16"])
@@ -358,6 +450,42 @@ def test_offload_reaches_the_optimizer(model, text, monkeypatch):
 # --- all of it
 
 
+def test_a_head_under_accelerate_launch(tmp_path, model, text):
+    """With a learning rate of its own, under the settings of Accelerate's own fields."""
+    out, file = tmp_path / "out", tmp_path / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 1\n"
+        "use_cpu: true\nmixed_precision: 'no'\ndeepspeed_config: {zero_stage: 3, zero3_init_flag: true}\n"
+    )
+    command = [
+        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(file)),
+        *("--main_process_port", str(free_port()), "launch/train.py", "--optim", default_optim()),
+        *("--model_name_or_path", str(model), "--train_file", str(text), "--max_steps", "2", "--block_size", "32"),
+        *(
+            "--lora_rank",
+            "4",
+            "--learning_rate",
+            "1e-2",
+            "--head_learning_rate",
+            "1e-3",
+            "--lr_scheduler_type",
+            "constant",
+        ),
+        *("--modules_to_save", "lm_head", "--save_steps", "2", "--save_strategy", "steps"),
+        *("--output_dir", str(out), "--report_to", "none"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["deepspeed"], metrics["zero_stage"]) == ("accelerate launch", 3)
+    assert metrics["head_learning_rate"] == 1e-3
+    # AdamW's first steps are of the size of the learning rate, whatever the gradient.
+    moved = load_file(out / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    moved = moved - load_file(model / "model.safetensors")["lm_head.weight"]
+    assert 1.5e-3 < moved.abs().max() < 2.1e-3
+
+
 def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model, text):
     out = tmp_path / "out"
     command = [
@@ -378,6 +506,7 @@ def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model,
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["optimizer"] == "loft"
+    assert (metrics["deepspeed"], metrics["zero_stage"]) == ("ds_configs/zero2.json", 2)
     assert metrics["world_size"] == 2
     assert metrics["steps"] == 6
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"]

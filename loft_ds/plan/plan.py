@@ -33,7 +33,7 @@ def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
         # In its moves V, M and U @ Q. In one of them its second moments turn. The other products of rows (k, r) and
         # matrices (r, r): 7 as it leads and 14 as it follows, or 6 and 5. So many rows are read or written.
         products, passes = (21, 24) if joint else (11, 14)
-        a_row = moves * 2 * l * (packed + 2 * r) + 3 * r**3 + products * 2 * r**2
+        a_row = moves * 2 * l * (packed + 2 * r) + 4 * r**3 + products * 2 * r**2
         # Of the partner, Q and the corrections. Of the pair, what turns bases and weights.
         operations.append((partition.owned, e * a_row, e * (moves * 4 * l * r**2 + (28 if joint else 8) * r**3)))
         numbers.append((partition.owned, e * (moves * 2 * packed + passes * r), e * moves * 3 * l * r))

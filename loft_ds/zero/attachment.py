@@ -74,12 +74,13 @@ class Attachment:
             self._arrived.add(id(param))
         if self._clipping is not None and self._clipping.pending:
             norm = self._clipping.take()
-            if optimizer.max_grad_norm not in (None, norm):
+            if optimizer.max_grad_norm is None or optimizer.max_grad_norm == norm:
+                optimizer.max_grad_norm = norm
+            elif self._clipping.said:
                 raise ValueError(
                     f'"gradient_clipping": {norm} in the DeepSpeed JSON contradicts '
                     f"max_grad_norm={optimizer.max_grad_norm}: set one of them, or both alike."
                 )
-            optimizer.max_grad_norm = norm
 
     def to_step(self, optimizer: LoFTAdamW) -> Layout | None:
         """The layout of the step that ``optimizer.step`` is called for.

@@ -21,6 +21,11 @@ class Clipping:
 
     engine: DeepSpeedEngine
 
+    @property
+    def said(self) -> bool:
+        """Whether the JSON says a norm, or DeepSpeed fills in its own (1.0 since 0.19.2)."""
+        return "gradient_clipping" in self.engine._config._param_dict
+
     def take(self) -> float:
         """The clipping norm that DeepSpeed was configured with, 0.0 if none or if it has been taken before."""
         config, wrapper = self.engine._config, self.engine.optimizer

@@ -169,7 +169,7 @@ def train(argv: list[str] | None = None) -> None:
         trainer.save_model()  # first: whatever happens later, the weights are there
         trainer.evaluate()
         if first_rank():
-            facts = describe(args, training_args, model)
+            facts = describe(args, training_args, model) | used_deepspeed(trainer)
             facts |= {"train_blocks": len(train_blocks), "eval_blocks": len(eval_blocks)}
             report(Path(training_args.output_dir), facts, trainer.state.log_history)
 
@@ -230,7 +230,6 @@ def describe(
         "model": args.model_name_or_path or MODEL_NAME,
         "text": args.train_file or args.dataset_name or TEXT_NAME,
         "optimizer": args.optimizer.value,
-        **used_deepspeed(training_args),
         "world_size": training_args.world_size,
         "device": str(training_args.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -244,12 +243,12 @@ def describe(
     }
 
 
-def used_deepspeed(training_args: TrainingArguments) -> dict[str, str | int | None]:
-    """Who said how DeepSpeed trains, and the ZeRO stage; None where it does not."""
-    plugin = training_args.deepspeed_plugin
-    if plugin is None:
+def used_deepspeed(trainer: LoggedTrainer) -> dict[str, str | int | None]:
+    """Who said how DeepSpeed trains, and the ZeRO stage that came of it; None where it does not."""
+    if not trainer.is_deepspeed_enabled:
         return {"deepspeed": None, "zero_stage": None}
-    return {"deepspeed": training_args.deepspeed or "accelerate launch", "zero_stage": plugin.zero_stage}
+    stage = int(trainer.model_wrapped.zero_optimization_stage())
+    return {"deepspeed": trainer.args.deepspeed or "accelerate launch", "zero_stage": stage}
 
 
 def report(folder: Path, facts: dict[str, Any], history: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -80,17 +79,12 @@ def lost_starts(model: nn.Module) -> dict[str, str]:
     LoRA-GA's gradients and CorDA's statistics nothing is saved, and the fast SVD of ``pissa_niter_N`` is a random one.
     (PiSSA, OLoRA, LoftQ and KaSA change the frozen weights too, and PEFT finds the same change at each loading.)
     """
-    starts = {name: str(config.init_lora_weights) for name, config in _configs(model).items()}
+    configs = getattr(model, "peft_config", {})
+    starts = {name: str(getattr(config, "init_lora_weights", "")) for name, config in configs.items()}
     return {name: start for name, start in starts.items() if start.startswith(("lora_ga", "corda", "pissa_niter_"))}
 
 
-started_from_gradients = lost_starts
-
-
-def _configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """The LoRA adapters' settings by the adapters' names."""
-    configs = getattr(model, "peft_config", {})
-    return {name: config for name, config in configs.items() if isinstance(config, LoraConfig)}
+started_from_gradients = lost_starts  # its old name
 
 
 @contextmanager
@@ -162,7 +156,7 @@ def _check_memory(names: dict[nn.Parameter, str]) -> None:
         if device == other and start < end:
             raise ValueError(
                 f"{first} and {second} lie in the same memory, and each step would move it twice. PEFT's "
-                "ensure_weight_tying ties the adapters of an embedding and its head so: target only one of the two."
+                "ensure_weight_tying ties the adapters of an embedding and its head so. Leave it out."
             )
 
 

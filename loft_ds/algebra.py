@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 # Directions of T whose squared length is below this part of the largest are noise and are dropped: in float64 the Gram
-# matrix's own, in float32 that of the rows. Factors that are balanced have lengths like the square roots of those of W:
-# what is dropped is below 1e-8 of W's largest.
-RANK_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-8}
+# matrix's own (which leaves a basis orthonormal to eps over this), in float32 that of the rows. Factors that are balanced
+# have lengths like the square roots of those of W: what is dropped is below 1e-8 of W's largest.
+RANK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-8}
 # Squared pivots of a Cholesky factor that differ by more leave its last columns to rounding: eigenvectors then.
-CHOLESKY_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
+CHOLESKY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-6}
 # A pair is balanced anew when its factors are so much longer than their product demands, or one so much longer than the
 # other (both of squared lengths).
 SLACK, LOPSIDED = 4.0, 4.0

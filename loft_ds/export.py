@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
 
     Raises:
         ValueError: ``merge`` of what does not belong to the weights on disk: an adapter whose start changed the frozen
-            weights for good, a quantised base, another adapter than ``default``. A model of which PEFT saves nothing.
+            weights for good, one on a quantised base or on tied weights, one that is not called ``default``. A model of
+            which PEFT saves nothing.
     """
     optimizer, _, engine = attached(target)
     with uncompiled(optimizer.model if engine is None else engine.module) as plain:
@@ -70,6 +73,10 @@ def _not_on_disk(model: PeftModel) -> str | None:
             "the adapter was trained on quantised weights. Export it without merge, then merge it into what it was "
             "trained on: base.dequantize(), PeftModel.from_pretrained(base, directory).merge_and_unload()."
         )
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and any(holders[id(p)] > 1 for p in module.get_base_layer().parameters()):
+            return f"the weight of {name} is another layer's too, which would move with it. Use the adapter unmerged."
     if model.active_adapters != ["default"]:
         return f"of the adapters only 'default' would be, while active are {model.active_adapters}."
     return None

@@ -59,7 +59,7 @@ def dropped_arguments(args: Any, kind: type[TrainingArguments] = TrainingArgumen
 
     Args:
         args: what a user said, in attributes of those names.
-        kind: the TrainingArguments that they are, or will be. The default of ``optim`` is another one in other versions.
+        kind: the TrainingArguments that they are, or will be: each may have a default of its own for ``optim``.
     """
     defaults = {field.name: field.default for field in fields(kind)}
     chosen = ("optim", "optim_args", "optim_target_modules")
@@ -205,7 +205,8 @@ class LoFTMixin(Base):
 
     def _check_that_loft_trains(self) -> None:
         """Also what was chosen where nobody calls ``create_optimizer``, or another one than this class's."""
-        optimizer = self.model_wrapped.basic_optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
+        wrapper: Any = self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
+        optimizer = wrapper.basic_optimizer if self.is_deepspeed_enabled else wrapper.optimizer
         if not isinstance(optimizer, LoFTAdamW):
             raise RuntimeError(
                 f'{type(optimizer).__name__} would train, and not LoFT: leave "optimizer" out of the DeepSpeed JSON, '

@@ -9,15 +9,20 @@ import sys
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from scaling import TINY, Setup, measure
 from scaling import main as scaling_main
 
+from loft_ds import LoFTAdamW
 from loft_ds.adapters import find_trainable
-from loft_ds.plan import BUILTIN, GPUS, Division, Job, memory, peak, plan, received, shapes_of, traffic
+from loft_ds.checkpoint import save_checkpoint
+from loft_ds.kernels.stream import CHUNK_BYTES
+from loft_ds.plan import BUILTIN, GPUS, Division, Job, arithmetic, memory, peak, plan, received, shapes_of, traffic
 from loft_ds.plan.__main__ import largest_rank, main, smallest_stage
 from loft_ds.plan.division import division_of
+from loft_ds.plan.memory import checkpoint_bytes
 from loft_ds.plan.shapes import build
 from loft_ds.plan.traffic import deepspeed_traffic, products
 from loft_ds.sharding.exchange import plan_rows
@@ -49,7 +54,7 @@ def measured(ranks):
 
 @pytest.mark.parametrize(("world", "stage", "precision", "mixed", "adapter_rank"), RUNS)
 def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, precision, mixed, adapter_rank):
-    """Every kind of memory on every rank within 2%, and what LoFT and DeepSpeed receive."""
+    """Every kind of memory on every rank within 2%, matrix products, and what LoFT and DeepSpeed receive."""
     run = stage, precision, mixed, adapter_rank
     setup, found_of = setup_of(*run), measured(world, *run)
     shapes = shapes_of(setup.model)
@@ -61,11 +66,13 @@ def test_memory_and_traffic_are_what_ranks_measure(measured, world, stage, preci
         for kind, size in found.memory.items():
             assert float(planned[kind][rank]) == pytest.approx(size, rel=0.02), (rank, kind)
     division = division_of(shapes, job)
+    operations, _ = arithmetic(division)
     for rank, found in enumerate(found_of):
+        assert float(operations[rank if stage else 0]) == pytest.approx(found.arithmetic["optimizer"], rel=0.02)
         exchanged = found.received.get("alltoall_base_", 0.0)
         expected = traffic(division, rank)
         assert expected.total == pytest.approx(exchanged, rel=0.02)
-        if stage:  # alone it asks nobody; two all-reduces of one number are among the others
+        if stage:  # alone it asks nobody; two all-reduces of a few numbers are among the others
             assert found.calls.get("alltoall_base_", 0) == expected.collectives - (2 if division.moving else 1)
         # Besides LoFT's norm and DeepSpeed's overflow flags, of some bytes, the rest is DeepSpeed's.
         rest = sum(found.received.values()) - exchanged
@@ -135,6 +142,22 @@ def test_shapes_are_those_that_loft_finds(settings, targets, parameters):
     assert shapes.parameters == sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize("adapter_rank", [4, 17])
+def test_checkpoint_is_as_large_as_planned(adapter_rank, tmp_path):
+    """The larger of one after a step of ``B`` and one after a step of ``A``, without what the files say of tensors."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=adapter_rank, target_modules="all-linear"))
+    optimizer, sizes = LoFTAdamW(model), []
+    for tag in ("first", "second"):
+        for param in optimizer.trainable.parameters.values():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        files = save_checkpoint(optimizer, tmp_path, tag).glob("*.safetensors")
+        sizes.append(sum(t.nbytes for file in files for t in safetensors.torch.load_file(file).values()))
+    job = Job(adapter_rank, stage=0, precision=4)
+    assert max(sizes) == checkpoint_bytes(division_of(shapes_of(TINY), job), job)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("world", [8, 64, 512, 4096])
 def test_state_is_balanced(world, stage):
@@ -145,9 +168,9 @@ def test_state_is_balanced(world, stage):
     planned = memory(shapes, job, division)
     own = sum(planned[kind] for kind in ("masters", "momentum", "second moments", "pending or before")).double()
     assert float(own.max()) < 1.01 * float(own.mean())
-    # The (r, r) bases and weights are what ranks have in common: of their own layers, and of one that is cut.
+    # The (r, r) bases, weights and rotations are what ranks have in common: of their own layers, and of one that is cut.
     layers = 126 / world
-    assert float(planned["bases"].max()) <= (math.ceil(layers) + 1) * 14 * 2 * 8 * 64**2
+    assert float(planned["bases"].max()) <= (math.ceil(layers) + 1) * 7 * 5 * 8 * 64**2
 
 
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3-405B"])
@@ -172,8 +195,9 @@ def test_every_rank_works_on_every_step(name, world):
 @pytest.mark.parametrize("world", [8, 64, 512, 4096])
 def test_collectives_do_not_grow(world):
     """As many collectives at 4096 ranks as at 8: not one a layer, and not one a bucket of all partners."""
-    division = Division(builtin("Llama-3-405B").factors(64), 3, world)
-    assert traffic(division, world // 2).collectives <= 8
+    for adapter_rank, most in ((16, 14), (64, 11)):
+        division = Division(builtin("Llama-3-405B").factors(adapter_rank), 3, world)
+        assert traffic(division, world // 2).collectives <= most
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -196,12 +220,14 @@ def test_traffic_of_all_ranks_is_that_of_their_plans(name, adapter_rank, world, 
 @pytest.mark.parametrize(("name", "adapter_rank"), [("SmolLM2-135M", 16), ("Llama-3-8B", 64), ("Llama-3-405B", 64)])
 @pytest.mark.parametrize("world", [8, 64, 512, 4096])
 def test_traffic_is_near_the_least(name, adapter_rank, world, stage):
-    """Every rank receives at most 1.2 times what the division of the rows demands, with every sum once; and less than
-    gathering every partner on every rank would be."""
+    """Every rank receives at most 1.2 times what the division of the rows demands, with every sum once, and a little
+    more where it has as few as 75 rows, beside which the sums of a joint step are large; and less than gathering every
+    partner on every rank would be."""
     division = Division(builtin(name).factors(adapter_rank), stage, world)
     found = received(division)
     total, sums = sum(found.values()), products(division, needed=True)
-    assert (total <= 1.2 * (total - found["products"] + sums)).all()
+    few = division.elements.sum() / world < 100 * adapter_rank
+    assert (total <= (1.25 if few else 1.2) * (total - found["products"] + sums)).all()
     everything = 4 * sum(f.numel for f in division.factors) / 2
     assert float(total.max()) < 0.6 * everything
 
@@ -252,7 +278,7 @@ def test_offload_moves_what_it_names():
     here = plan(shapes, job, GPUS["H100"], 50e9)
     away = plan(shapes, dataclasses.replace(job, offload=frozenset({"second_moment"})), GPUS["H100"], 50e9)
     assert away.on_cpu == {"second moments": here.memory["second moments"]}
-    assert away.peak == pytest.approx(here.peak - here.memory["second moments"])
+    assert away.peak == pytest.approx(here.peak - here.memory["second moments"] + 2 * CHUNK_BYTES)
 
 
 def test_experts_are_pairs():
@@ -304,5 +330,5 @@ def test_scaling_quick(monkeypatch, capsys):
         assert two[f"{kind} kB"] == pytest.approx(one[f"{kind} kB"] / 2)
     for row in rows:
         assert row["state x N / total"] == pytest.approx(1 if row["stage"] else row["ranks"], rel=0.01)
-        for column, size in row["law"].items():  # of operations the plan has the law alone
-            assert column == "optimizer MFLOP" or row[column] == pytest.approx(size, rel=0.02), column
+        for column, size in row["law"].items():
+            assert row[column] == pytest.approx(size, rel=0.02), column

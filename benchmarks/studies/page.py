@@ -21,6 +21,8 @@ MEASURES = {
     "test_macro_f1": ("test macro-F1", False),
     "other_text_loss": ("loss on another text (forgetting)", False),
 }
+# LoFT's best rate at most ranks: what one rate for all of them gives, beside each rank's own.
+ONE_RATE = 3e-4
 SNAPSHOT_TITLE = "Distance from full fine-tuning's weights"
 
 
@@ -101,7 +103,9 @@ def _study(frame: pandas.DataFrame, score: str, folder: Path, name: str) -> Iter
         if measure in frame:
             yield from (f"**{heading[0].upper()}{heading[1:]}** at the chosen rate", "", _table(chosen, measure), "")
             if has_gap:
+                one_rate = _at_one_rate(frame, measure)
                 for title, table in (
+                    (f"LoFT at {ONE_RATE:g} at every rank", one_rate),
                     ("Part of the gap between LoRA and full fine-tuning that is closed", _gap(chosen, measure)),
                     ("How far below LoRA of the same rank, seed by seed", _differences(chosen, measure)),
                 ):
@@ -151,6 +155,11 @@ def _table(chosen: pandas.DataFrame, measure: str) -> str:
     ranks = [_rank_name(rank) for rank in sorted(chosen["rank"].unique())]
     table = pandas.DataFrame.from_dict(rows, orient="index").reindex(columns=ranks).fillna("")
     return str(table.to_markdown(disable_numparse=True))
+
+
+def _at_one_rate(frame: pandas.DataFrame, measure: str) -> str | None:
+    cells = frame[(frame["method"] == "LoFT") & (frame["lr"] == ONE_RATE)].groupby("rank")
+    return _by_method({"LoFT": {_rank_name(rank): _mean(cell[measure]) for rank, cell in cells}} if len(cells) else {})
 
 
 def _gap(chosen: pandas.DataFrame, measure: str) -> str | None:

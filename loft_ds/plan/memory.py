@@ -77,10 +77,10 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     """Bytes of what comes and goes within a step, the largest of any rank; an estimate from the code, not measured.
 
     Of the optimizer: the gradients as DeepSpeed hands them over in float32, and then the larger of two. While rows are
-    read, what the exchange of one side holds, beside what came for the other one. After that the gradients that came from elsewhere, the scaled
-    gradients of both sides (where both move, one of them in place of ``before``), and the partners of one side as they
-    are sent, received and put in order. Beside these the arithmetic of one stack, several times its rows and partners
-    in float64, the kernels' workspace, and chunks of what is offloaded.
+    read, what the exchange of one side holds, beside what came for the other one. After that the gradients that came
+    from elsewhere, the scaled gradients of both sides (where both move, one of them in place of ``before``), and the
+    partners of one side as they are sent, received and put in order. Beside these the arithmetic of one stack, several
+    times its rows and partners in float64, the kernels' workspace, and chunks of what is offloaded.
 
     At stage 3 the whole weights of two decoder layers, the largest embedding and the prefetch bucket; at stages 1 and 2
     the bucket that gradients are reduced in. Activations with checkpointing: the hidden state of every decoder layer,

@@ -77,7 +77,7 @@ def read_deepspeed_json(path: str, *checks: Callable[[dict[str, Any]], Iterable[
     given = {key: value for key, value in config.items() if value != "auto" and key not in _BATCH}
     sound, mistakes = _sift(given)
     asked = _Asked(sound)
-    _refusal(asked)
+    _refusal(asked)  # there is none, and DeepSpeed has looked for all that it knows
     known = sorted(asked.keys_asked | _ASKED_LATER)
     ignored = []
     for key in config:
@@ -87,7 +87,8 @@ def read_deepspeed_json(path: str, *checks: Callable[[dict[str, Any]], Iterable[
                 mistakes.append(f"unknown key '{key}'{meant}")
             else:
                 ignored.append(f"'{key}'")
-    usable = {key: sound.get(key, value) for key, value in config.items() if key in sound or key not in given}
+    later = {key: value for key, value in config.items() if key not in given}
+    usable = later | {key: sound[key] for key in given if key in sound}
     for check in checks:
         mistakes += check(usable)
     _raise(path, mistakes)

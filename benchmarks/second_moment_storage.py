@@ -33,7 +33,8 @@ def train(kind: str, rank: int, beta2: float, steps: int, seed: int) -> tuple[Te
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(nn.Linear(IN, OUT, bias=False)), config).to(dtype)
     layer = model.base_model.model[0]
-    optimizer = LoFTAdamW(model, lr=2e-3, betas=(0.9, beta2))
+    stored = torch.bfloat16 if kind.startswith("bfloat16") else None
+    optimizer = LoFTAdamW(model, lr=2e-3, betas=(0.9, beta2), second_moment_dtype=stored)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -41,7 +42,7 @@ def train(kind: str, rank: int, beta2: float, steps: int, seed: int) -> tuple[Te
 
     target, spectrum = normal(IN, OUT) / 8, torch.logspace(0, -1.5, IN, dtype=torch.float64)
     losses = []
-    for step in range(steps):
+    for _ in range(steps):
         x = normal(BATCH, IN) * spectrum
         y = x @ target + 0.05 * normal(BATCH, OUT)
         loss = (model(x.to(dtype)) - y.to(dtype)).square().mean()
@@ -49,9 +50,6 @@ def train(kind: str, rank: int, beta2: float, steps: int, seed: int) -> tuple[Te
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step == 0 and kind.startswith("bfloat16"):
-            for state in optimizer.state.values():  # the kernels follow the dtype they find
-                state["second_moment"] = state["second_moment"].bfloat16()
     product = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
     return product.detach(), statistics.mean(losses[-50:])
 

@@ -38,7 +38,7 @@ import peft
 import torch
 from torch import nn
 
-from loft_ds import LoFTAdamW, kernels
+from loft_ds import Blocks, LoFTAdamW, kernels
 from loft_ds.algebra import products_in
 from provenance import commit_of, provenance
 
@@ -140,7 +140,8 @@ def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) 
 def optimizer_of(method: str, model: nn.Module, turns: Turns = "auto") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if method in (LOFT, SIMPLE):
-        return LoFTAdamW(model, lr=1e-4, turns=turns, second_moment="matrix" if method == LOFT else "elementwise")
+        blocks = Blocks(turns=turns, second_moment="matrix" if method == LOFT else "elementwise")
+        return LoFTAdamW(model, lr=1e-4, blocks=blocks)
     if method == OFFICIAL:
         return importlib.import_module("loft_optim.optimizer").LoFTAdamW(parameters, lr=1e-4, model=model)
     return torch.optim.AdamW(parameters, lr=1e-4, fused=method == FUSED, foreach=method == FOREACH)
@@ -152,16 +153,21 @@ def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     """
     packed = rank * (rank + 1) // 2
     joint = turns_of(rank) == "joint"
-    gradients = 1 if joint else 2  # that a factor has taken since its last turn
+    moves = 2 if joint else 1  # of a factor in two steps
+    # Products of its rows and (r, r) matrices in two steps, of a Gram matrix only a triangle. As it leads: gradient, U to
+    # the factor, Gram matrix and cross product; as it follows: gradient, momentum, pending, Gram matrix. Jointly also,
+    # as it leads, the last move's Gram matrix and cross product; as it follows, momentum once more, rows times
+    # gradient, U to the factor, and four and a half of what lies outside.
+    products = 3.5 + 3.5 + (1.5 + 7.5 if joint else 0)
     operations = numbers = 0
     for k, l in (shape, shape[::-1]):  # noqa: E741
-        operations += 2 * k * l * (packed + 2 * rank)  # V, M and U @ Q
+        operations += moves * 2 * k * l * (packed + 2 * rank)  # V, M and U @ Q
         operations += 3 * k * rank**3  # R.T P R, of whose second product only a triangle is needed
-        # Gradients, momentum, U to the factor; basis and two Gram matrices.
-        operations += 2 * rank**2 * ((gradients + 2) * k + 3 * l)
-        # P and X read and written once; M as often as there are gradients; these and T read.
-        numbers += k * (2 * packed + 2 * rank + 2 * gradients * rank + gradients * rank) + l * rank
-    return (operations, 4 * numbers) if joint else (operations / 2, 4 * numbers / 2)
+        operations += 2 * rank**2 * (products * k + moves * 2 * l)  # and Q and the corrections, of the partner's rows
+        # In a move P and X are read and written and T is read. In two steps M is twice; both gradients are read; and
+        # what is pending, or the rows before a move, are written and read.
+        numbers += moves * (k * (2 * packed + 2 * rank) + l * rank) + k * rank * (2 * 2 + 2 + 2)
+    return operations / 2, 4 * numbers / 2
 
 
 def needed_bytes(method: str, shape: tuple[int, int], rank: int) -> float:

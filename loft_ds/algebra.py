@@ -19,6 +19,7 @@ Nothing here knows of torch.distributed, DeepSpeed or PEFT.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ import torch
 from torch import Tensor
 
 # Directions of T whose squared length is below this part of the largest are noise and are dropped: in float64 the Gram
-# matrix's own (which leaves a basis orthonormal to eps over this), in float32 that of the rows. Factors that are balanced
-# have lengths like the square roots of those of W: what is dropped is below 1e-8 of W's largest.
-RANK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-8}
+# matrix's own (which leaves a basis orthonormal to eps over this), in float32 that of the rows. Balanced factors have
+# lengths like the square roots of those of W: what is dropped is below 1e-8 of W's largest.
+RANK_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-8}
 # Squared pivots of a Cholesky factor that differ by more leave its last columns to rounding: eigenvectors then.
 CHOLESKY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-6}
 # A pair is balanced anew when its factors are so much longer than their product demands, or one so much longer than the
@@ -73,20 +74,24 @@ def products_in(precision: str) -> Iterator[None]:
             kind.fp32_precision = allowed
 
 
+@functools.lru_cache(maxsize=64)
+def _triangle(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the packed upper triangle (p,) lies in a flat matrix, and where each of the matrix's entries lies in it."""
+    i, j = torch.triu_indices(rank, rank, device=device)
+    of_entry = torch.empty(rank, rank, dtype=torch.long, device=device)
+    of_entry[i, j] = of_entry[j, i] = torch.arange(len(i), device=device)
+    return i * rank + j, of_entry.flatten()
+
+
 def pack(symmetric: Tensor) -> Tensor:
     """The upper triangles (..., r(r+1)/2) of symmetric matrices (..., r, r)."""
-    i, j = torch.triu_indices(symmetric.shape[-1], symmetric.shape[-1], device=symmetric.device)
-    return symmetric[..., i, j]
+    return symmetric.flatten(-2).index_select(-1, _triangle(symmetric.shape[-1], symmetric.device)[0])
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The symmetric matrices (..., r, r) whose upper triangles are ``packed`` (..., r(r+1)/2)."""
     rank = math.isqrt(2 * packed.shape[-1])
-    i, j = torch.triu_indices(rank, rank, device=packed.device)
-    full = packed.new_empty(*packed.shape[:-1], rank, rank)
-    full[..., i, j] = packed
-    full[..., j, i] = packed
-    return full
+    return packed.index_select(-1, _triangle(rank, packed.device)[1]).unflatten(-1, (rank, rank))
 
 
 def orthonormal_basis(grams: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -134,11 +139,32 @@ def unbalanced(left: Tensor, right: Tensor) -> Tensor:
     ``|X| |Y| <= 2 sqrt(r) |X Y.T|`` holds for the others, so that rounding the factors rounds the product by no more
     than that many units; balanced, it is ``sqrt(r)`` at most, and no factors of that product do better.
     """
-    squares = [torch.diagonal(g, dim1=-2, dim2=-1).sum(-1) for g in (left, right)]
+    squares = torch.stack([left, right]).diagonal(dim1=-2, dim2=-1).sum(-1)
     product = (left * right).sum((-2, -1))
-    loose = squares[0] * squares[1] > SLACK * left.shape[-1] * product
-    lopsided = torch.maximum(*squares) > LOPSIDED * torch.minimum(*squares)
+    loose = squares.prod(0) > SLACK * left.shape[-1] * product
+    lopsided = squares.amax(0) > LOPSIDED * squares.amin(0)
     return (loose | lopsided) & (product > 0)
+
+
+def to_balance(
+    gram: Tensor, own: Tensor, growth: Tensor, basis: Tensor, other_basis: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Which pairs (b,) are to be balanced anew, with both Gram matrices (b, r, r); None where none of them is.
+
+    Those that are :func:`unbalanced`, and those of which a factor lacks a direction: the other one keeps it at a part
+    of its largest length, which grows.
+
+    Args:
+        gram: of the leading factor's rows, packed (b, r(r+1)/2).
+        own: of the following one's before its move, packed.
+        growth: what its move adds to that (b, r, r).
+        basis: of the leading side (b, r, r).
+        other_basis: of the following side.
+    """
+    of_lead, of_follow = unpack(gram), unpack(own) + growth
+    lacks = (torch.stack([basis, other_basis]) == 0).all(dim=-2).any(dim=-1).any(dim=0)
+    chosen = unbalanced(of_lead, of_follow) | (lacks & ((of_lead * of_follow).sum((1, 2)) > 0))
+    return (chosen, of_lead, of_follow) if bool(chosen.any()) else None
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

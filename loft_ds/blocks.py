@@ -92,34 +92,41 @@ class Blocks:
         """What takes a factor's gradient (b, k, r) into the coordinates that its state is kept in (b, r, r)."""
         return basis if self.gradient_scaling else algebra.unscaled_basis(basis)
 
-    def rotations(self, old: Tensor, cross: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """What takes momentum and second moment from one basis to the next (b, r, r), both in float64.
+    def turned(
+        self, old: Tensor, gram: Tensor, cross: Tensor, weights: Tensor, s: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The basis of ``T'``, what takes momentum and second moment there, and the second moment's weights, (b, r, r).
+
+        All in float64. ``T`` and ``T'`` are the partner's rows as they were and are, scaled by ``s``.
 
         Args:
-            old: the basis ``H`` of ``T`` as it was.
-            cross: ``T.T @ T'``, of ``T`` as it was and as it is.
-            new: the basis of ``T'``.
+            old: the basis ``H`` of ``T``.
+            gram: products of the present rows with themselves, packed (b, r(r+1)/2).
+            cross: products of the rows as they were with the present ones.
+            weights: ``S``: see :func:`loft_ds.algebra.turned_weights`.
+            s: the scaling.
+            dtype: of the rows.
         """
-        calibrated = old.mT @ cross @ new
-        if self.momentum_calibration and self.second_moment_calibration:
-            return calibrated, calibrated
-        kept = old.mT @ algebra.unscaled_basis(new)  # the factor's own coordinates stay as they are
+        new = algebra.orthonormal_basis(s**2 * algebra.unpack(gram), dtype)
+        calibrated = s**2 * (old.mT @ cross @ new)
+        # Without calibration the factor's own coordinates stay as they are.
+        both = self.momentum_calibration and self.second_moment_calibration
+        kept = calibrated if both else old.mT @ algebra.unscaled_basis(new)
         of_momentum = calibrated if self.momentum_calibration else kept
-        return of_momentum, calibrated if self.second_moment_calibration else kept
+        of_second_moment = calibrated if self.second_moment_calibration else kept
+        return new, of_momentum, of_second_moment, algebra.turned_weights(weights, of_second_moment)
 
-    def clipped(self, sides: Sequence[Side], scaled: Sequence[Tensor], inner: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Squares of what ``max_grad_norm`` bounds, of this rank's rows, and of what all ranks have alike.
+    def clipped(
+        self, sides: Sequence[Side], scaled: Sequence[Tensor], inner: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Whose norm ``max_grad_norm`` bounds: of this rank's rows, and what all ranks have alike, to be taken off.
 
         Args:
             sides: both factors, with their plain gradients.
             scaled: the gradients of those about to move, in orthonormal coordinates.
             inner: the part of the last one that the first one moves already (b, r, r), in orthonormal coordinates.
         """
-        if not self.projected_clipping:
-            own = torch.stack([_square(x.gradient) for x in sides])
-            return own.sum(), torch.zeros_like(own[0])
-        own = torch.stack([_square(gradient) for gradient in scaled])
-        return own.sum(), torch.zeros_like(own[0]) if inner is None else -_square(inner)
+        return (list(scaled), inner) if self.projected_clipping else ([x.gradient for x in sides], None)
 
     def corrections(self, x: Side, directions: Tensor, piece: slice, step: int) -> Tensor:
         """What the denominators of ``directions`` (b, l, r) are to be corrected by (b, l)."""
@@ -146,7 +153,3 @@ class Blocks:
         (beta1, beta2), momentum = x.betas, x.momentum @ x.basis.mT.to(x.momentum)
         denominator = (torch.stack(x.packed) / (1 - beta2**step)).sqrt_().add_(x.group["eps"])
         return (momentum / (1 - beta1**step) / denominator) @ algebra.unscaled_basis(x.basis).to(momentum)
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()

@@ -49,6 +49,10 @@ class _Running:
         except StopIteration:
             self.phase = self.question = None
 
+    def fail(self, error: Exception) -> None:
+        """Raise an error where the question was asked."""
+        self.step.throw(error)
+
 
 class Runtime:
     """All state of an optimizer, and its steps.
@@ -129,15 +133,18 @@ class Runtime:
         follows = [f.partner for f in leads if self.blocks.moves_jointly(f.rank)]
         # All ranks pass through all phases that any pair needs: each is a collective.
         self._sum(running, Phase.OVERLAPS, layout)
+        self._together(running, Phase.BASES)
         norm = self._norm(running, share, layout)
         clip = 1.0 if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for each in running:
             each.answer(clip.to(each.stack.A.momentum.device) if isinstance(clip, Tensor) else clip)
         self._gather(running, Phase.PARTNERS, leads, layout)
         self._sum(running, Phase.MOVED, layout)
+        self._together(running, Phase.TURNED)
         if follows:
             self._gather(running, Phase.FOLLOWERS, follows, layout)
             self._sum(running, Phase.OUTSIDE, layout)
+        self._together(running, Phase.BALANCE)
         for each in running:
             for side in each.stack.sides:
                 side.write()
@@ -237,6 +244,35 @@ class Runtime:
         for each in asking:
             each.answer(each.question)
 
+    def _together(self, running: Sequence[_Running], phase: Phase) -> None:
+        """Answer what one call does for all stacks that ask alike. In a pair's first step both sides ask, in turn."""
+        while asking := [each for each in running if each.phase == phase]:
+            alike: dict[Hashable, list[_Running]] = defaultdict(list)
+            for each in asking:
+                function, tensors, arguments = each.question
+                kind = function, arguments, tensors[0].device, *(t.shape[1:] for t in tensors)
+                alike[kind].append(each)
+            for group in alike.values():
+                self._answer_together(group)
+
+    @staticmethod
+    def _answer_together(group: Sequence[_Running]) -> None:
+        function, tensors, arguments = group[0].question
+        sizes = [len(each.question.tensors[0]) for each in group]
+        if len(group) > 1:
+            tensors = [torch.cat(parts) for parts in zip(*(each.question.tensors for each in group), strict=True)]
+        try:
+            results = function(*tensors, *arguments)
+        except Exception as error:
+            if len(group) == 1:
+                group[0].fail(error)
+            for each in group:  # one of them fails by itself, and can say of whom
+                Runtime._answer_together([each])
+            return
+        parts = [None] * len(group) if results is None else zip(*(t.split(sizes) for t in results), strict=True)
+        for each, part in zip(group, parts, strict=True):
+            each.answer(part)
+
     def _norm(self, running: Sequence[_Running], share: Share, layout: Layout) -> Tensor:
         """The norm over all ranks: of pairs what they say, of all else the gradients.
 
@@ -246,16 +282,21 @@ class Runtime:
         device = next(iter(share.rows.values())).values.device
 
         def square(tensors: Sequence[Tensor]) -> Tensor:
-            norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if tensors else []
+            """The sum of all squares."""
+            norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float64) if tensors else []
             zero = torch.zeros((), dtype=torch.float64, device=device)
             return torch.stack([zero, *(norm.to(device) for norm in norms)]).square().sum()
 
         others = square([part.grad for part in share.others])
         pairs = others.new_ones(()) if self._seen else square([rows.grad for rows in share.rows.values()])
-        said = [
-            own + alike / layout.sharers(each.stack.A.factors[0]) for each in running for own, alike in [each.question]
+        own = square([tensor for each in running for tensor in each.question[0]])
+        alike = [
+            (each.question[1], layout.sharers(each.stack.A.factors[0]))
+            for each in running
+            if each.question[1] is not None
         ]
-        total = torch.stack([others, *(part.to(device) for part in said)]).sum()
+        twice = square([inner / sharers**0.5 if sharers > 1 else inner for inner, sharers in alike])
+        total = own + others - twice
         sums = layout.all_reduce(torch.stack([total, others, pairs]))
         if not self._seen:
             self._seen = bool(sums[2] > 0)

@@ -1,7 +1,8 @@
 """LoFT's step on one page: Section 3 of the paper (arXiv 2505.21289) on this rank's rows of a stack of pairs.
 
 :func:`loft_step` is a generator. Of a pair a rank has some rows only; what all ranks that share it know together, it
-yields a question for, and :mod:`.runtime` answers all stacks' questions of a phase by one exchange.
+yields a question for, and :mod:`.runtime` answers all stacks' questions of a phase by one exchange. What is small, the
+(r, r) matrices of the pairs, it asks for too: then that of all stacks is one call.
 
 Both factors are treated alike, as the table in :mod:`.algebra` says: rows ``X`` (k, r) and the partner's scaled rows
 ``T`` (l, r), with an orthonormal basis ``Q = T @ H``. Coordinates are those of ``Q``.
@@ -17,7 +18,7 @@ longer than a quotient can be. It holds for every gradient, and for every length
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -30,14 +31,20 @@ from .pairs import Pairs, Side, each_pair, pieces
 
 
 class Phase(IntEnum):
-    """What a step asks the ranks for, in this order. Alternating pairs ask for the first four."""
+    """What a step asks for, in this order. Alternating pairs leave out FOLLOWERS and OUTSIDE.
+
+    Six are exchanges between ranks; BASES, TURNED and BALANCE are not: see :class:`Together`.
+    """
 
     OVERLAPS = 0  # sums of products over all rows of a pair
-    NORM = 1  # the coefficient that clips, from squares of this rank's rows and of what all ranks have alike
-    PARTNERS = 2  # the whole rows of the leading factor's partner, and its second moments
-    MOVED = 3  # sums, of the leading factor's rows as they have moved
-    FOLLOWERS = 4  # the same as PARTNERS, of the following factor: its partner has moved
-    OUTSIDE = 5  # sums, for what lies outside of the span of the following factor's own rows
+    BASES = 1
+    NORM = 2  # the coefficient that clips, from what this rank has and from what all ranks have alike
+    PARTNERS = 3  # the whole rows of the leading factor's partner, and its second moments
+    MOVED = 4  # sums, of the leading factor's rows as they have moved
+    TURNED = 5
+    FOLLOWERS = 6  # the same as PARTNERS, of the following factor: its partner has moved
+    OUTSIDE = 7  # sums, for what lies outside of the span of the following factor's own rows
+    BALANCE = 8
 
 
 class Partner(NamedTuple):
@@ -47,7 +54,16 @@ class Partner(NamedTuple):
     second_moments: kernels.Resident | kernels.Stream
 
 
+class Together(NamedTuple):
+    """A question for what a function makes of tensors (b, ...): it is called once for all stacks that ask it alike."""
+
+    function: Callable[..., Any]
+    tensors: Sequence[Tensor]
+    arguments: tuple[Any, ...] = ()
+
+
 Step = Generator[tuple[Phase, Any], Any, None]
+Part = Generator[tuple[Phase, Any], Any, Any]
 
 
 def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
@@ -62,8 +78,8 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
     asked += [algebra.gram(follow.rows, follow.gradient)] if joint else []
     sums = yield Phase.OVERLAPS, asked
     for x, gram, cross in zip(stale, sums[0::2], sums[1::2], strict=False):
-        turn(x, pairs.partner(x), gram, cross, blocks, s)
-    gradients = [x.gradient @ blocks.coordinates(x.basis).to(x.momentum) for x in both]
+        yield from turn(Phase.BASES, x, pairs.partner(x), gram, cross, blocks, s)
+    gradients = [torch.bmm(x.gradient, blocks.coordinates(x.basis).to(x.momentum)) for x in both]
 
     # 2. Clipping, by the norm of the projected full gradients of what is about to move.
     inner = s * lead.basis.mT @ sums[-1] @ blocks.coordinates(follow.basis) if joint else None
@@ -76,42 +92,47 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
     move(lead, step, decay=lead.lr * lead.group["weight_decay"])
 
     # 4. Calibration: moments, and what they have not had yet, of the following one turn to where the leading one went.
-    asked = [*overlaps(lead), overlaps(follow)[0], step.double().square().sum((1, 2))]
+    asked = [*overlaps(lead), products(follow), step.double().square().sum((1, 2))]
     lead.before = None
     del step
     gram, cross, own, length = yield Phase.MOVED, asked
-    turn(follow, lead, gram, cross, blocks, s)
+    yield from turn(Phase.TURNED, follow, lead, gram, cross, blocks, s)
 
     # 5. The following one moves by what of its own step lies outside: all else the leading one has moved already.
     growth = torch.zeros_like(cross)
     if joint:
         step = full_step(follow, pairs, (yield Phase.FOLLOWERS, follow), blocks)
-        inner, outer = yield Phase.OUTSIDE, [span_of(follow, lead, s).mT @ step.double(), algebra.gram(step, step)]
+        inner, outer = yield Phase.OUTSIDE, [algebra.gram(follow.rows, step), algebra.gram(step, step)]
+        inside = s * lead.basis
+        inner = inside.mT @ inner
         outer = outer - inner.mT @ inner
         shorter = within_bound(outer, length, pairs, blocks)
-        move(follow, shorter.to(step) * (step - (span_of(follow, lead, s) @ inner).to(step)))
+        outside = step - torch.bmm(follow.rows.double(), inside @ inner).to(step)
+        move(follow, outside.mul_(shorter))
         growth = (shorter * follow.lr) ** 2 * (follow.basis @ outer @ follow.basis.mT)
 
     # 6. The same product as the shortest factors.
     if blocks.balancing and (lead.lr or follow.lr):
-        grams = {lead: algebra.unpack(gram), follow: algebra.unpack(own) + growth}
-        balance(pairs.A, pairs.B, grams[pairs.A], grams[pairs.B])
+        asked = [gram, own, growth, lead.basis, follow.basis]
+        chosen = yield Phase.BALANCE, Together(algebra.to_balance, asked)
+        if chosen is not None:
+            balance(pairs, dict(zip(both, chosen[1:], strict=True)), chosen[0])
+
+
+def products(x: Side) -> Tensor:
+    """Of a side's rows with themselves, a packed triangle (b, r(r+1)/2) in float64: of this rank's rows."""
+    rows = x.rows.double()
+    return algebra.pack(algebra.gram(rows, rows))
 
 
 def overlaps(x: Side) -> list[Tensor]:
-    """Products of a side's rows with themselves, a packed triangle (b, r(r+1)/2), and with those before their last move
-    (b, r, r), of this rank's rows, in float64.
-    """
-    before = x.rows if x.before is None else x.before
-    return [algebra.pack(algebra.gram(x.rows, x.rows)), algebra.gram(before, x.rows)]
+    """The :func:`products`, and those of the rows before their last move with the present ones (b, r, r)."""
+    rows = x.rows.double()
+    gram = algebra.gram(rows, rows)
+    return [algebra.pack(gram), gram if x.before is None else algebra.gram(x.before, rows)]
 
 
-def span_of(x: Side, partner: Side, s: float) -> Tensor:
-    """An orthonormal basis (b, k, r) of the span of a side's own rows, in float64: this rank's rows of it."""
-    return x.rows.double() @ (s * partner.basis)
-
-
-def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s: float) -> None:
+def turn(phase: Phase, x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s: float) -> Part:
     """Take a side's state to the coordinates of its partner's present rows, from the partner's :func:`overlaps`.
 
     Second moments follow on their next pass, by ``rotation``.
@@ -119,20 +140,18 @@ def turn(x: Side, partner: Side, gram: Tensor, cross: Tensor, blocks: Blocks, s:
     Raises:
         RuntimeError: rows that are not finite.
     """
-    old, partner.before = x.basis, None
-    gram = algebra.unpack(gram)
+    partner.before = None
+    asked = Together(blocks.turned, [x.basis, gram, cross, x.weights], (s, x.momentum.dtype))
     try:
-        x.basis = algebra.orthonormal_basis(s**2 * gram, x.momentum.dtype)
+        x.basis, of_momentum, of_second_moment, x.weights = yield phase, asked
     except torch.linalg.LinAlgError as error:
         finite = [bool(each.isfinite().all()) for each in partner.split(gram)]
         broken = [f.name for f, well in zip(partner.factors, finite, strict=True) if not well]
         raise RuntimeError(f"{', '.join(broken[:3])} became infinite or NaN: the run has diverged") from error
-    of_momentum, of_second_moment = blocks.rotations(old, s**2 * cross, x.basis)
-    x.momentum = x.momentum @ of_momentum.to(x.momentum)
-    x.pending = [gradient @ of_second_moment.to(gradient) for gradient in x.pending]
-    x.weights = algebra.turned_weights(x.weights, of_second_moment)
+    x.momentum = torch.bmm(x.momentum, of_momentum.to(x.momentum))
+    x.pending = [torch.bmm(gradient, of_second_moment.to(gradient)) for gradient in x.pending]
     if blocks.in_matrices:  # single numbers belong to the factor's own columns, which have not moved
-        x.rotation = of_second_moment if x.rotation is None else x.rotation @ of_second_moment
+        x.rotation = of_second_moment if x.rotation is None else torch.bmm(x.rotation, of_second_moment)
 
 
 def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor:
@@ -173,7 +192,7 @@ def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor
 def move(x: Side, step: Tensor, decay: float = 0.0) -> None:
     """Move rows by a step in coordinates (b, k, r). ``W`` decays with the leading factor, once a step."""
     x.before = x.rows
-    x.rows = torch.add(x.before * (1 - decay), step @ x.basis.mT.to(step), alpha=-x.lr)
+    x.rows = torch.baddbmm(x.before, step, x.basis.mT.to(step), beta=1 - decay, alpha=-x.lr)
 
 
 def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:
@@ -192,24 +211,22 @@ def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) ->
     return ((limit - length).clamp_min(0) / own).clamp(max=1).sqrt()[:, None, None]
 
 
-def balance(a: Side, b: Side, of_a: Tensor, of_b: Tensor) -> None:
-    """Split the pairs' products anew where their factors are longer than these need, or short of directions.
+def balance(pairs: Pairs, grams: Mapping[Side, Tensor], chosen: Tensor) -> None:
+    """Split the products of the chosen pairs (b,) anew, as the shortest factors.
 
-    ``T`` and ``H`` change against each other, so that the coordinates and all state in them stay what they are.
+    ``T`` and ``H`` change against each other, so that the coordinates and all state in them stay what they are. Where a
+    side has rows ``before``, the basis of its partner belongs to these.
 
     Args:
-        a: one side.
-        b: the other one. Where one has rows ``before``, the basis of its partner belongs to these.
-        of_a: the Gram matrices of the rows of ``a`` (b, r, r).
-        of_b: those of ``b``.
+        pairs: the stack.
+        grams: the Gram matrices of each side's rows (b, r, r).
+        chosen: which of the pairs.
     """
-    # A direction that a factor lacks: the other one keeps it at a part of its largest length, which grows.
-    short = (torch.stack([a.basis, b.basis]) == 0).all(dim=-2).any(dim=-1).any(dim=0)
-    chosen = algebra.unbalanced(of_a, of_b) | (short & ((of_a * of_b).sum((1, 2)) > 0))
     if not bool(chosen.any()):
         return
-    c, d, c_inverse, d_inverse = algebra.balance(of_a[chosen], of_b[chosen])
-    for x, partner, change, inverse in ((a, b, c, c_inverse), (b, a, d, d_inverse)):
+    c, d, c_inverse, d_inverse = algebra.balance(*(grams[x][chosen] for x in pairs.sides))
+    for x, change, inverse in ((pairs.A, c, c_inverse), (pairs.B, d, d_inverse)):
+        partner = pairs.partner(x)
         x.rows = changed(x.rows, chosen, change)
         x.before = None if x.before is None else changed(x.before, chosen, change)
         partner.basis = partner.basis.index_put((chosen,), inverse @ partner.basis[chosen])

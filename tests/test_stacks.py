@@ -120,9 +120,9 @@ VARIANTS = {
 
 def assert_alike(together, alone):
     for a, b in zip(together, alone, strict=True):
-        # Sums of at most 20 float64 terms in another order, through the square root of a V that may be short (1e-8 of
-        # it: see test_reference.py).
-        assert relative(a, b) < 1e-8
+        # Sums of at most 20 float64 terms in another order, through the square root of a V that may be short: 1e-8 of
+        # it a step, as in test_reference.py.
+        assert relative(a, b) < 1e-7
     assert len({float(p.norm()) for p in alone}) == len(alone), "factors cannot be told apart"
 
 

@@ -31,8 +31,8 @@ def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
         e, l, r = f.experts, f.partner.count, f.rank  # noqa: E741
         packed = r * (r + 1) // 2
         # In its moves V, M and U @ Q. In one of them its second moments turn. The other products of rows (k, r) and
-        # matrices (r, r): 7 as it leads and 14 as it follows, or 6 and 5. So many rows are read or written.
-        products, passes = (21, 24) if joint else (11, 14)
+        # matrices (r, r): 7 as it leads and 11 as it follows, or 6 and 4. So many rows are read or written.
+        products, passes = (18, 24) if joint else (10, 14)
         a_row = moves * 2 * l * (packed + 2 * r) + 4 * r**3 + products * 2 * r**2
         # Of the partner, Q and the corrections. Of the pair, what turns bases and weights.
         operations.append((partition.owned, e * a_row, e * (moves * 4 * l * r**2 + (28 if joint else 8) * r**3)))

@@ -84,9 +84,6 @@ def lost_starts(model: nn.Module) -> dict[str, str]:
     return {name: start for name, start in starts.items() if start.startswith(("lora_ga", "corda", "pissa_niter_"))}
 
 
-started_from_gradients = lost_starts  # its old name
-
-
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it is without ``torch.compile``, whose wrappers put ``_orig_mod`` into the names of all they hold.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import algebra
-from .adapters import find_trainable, started_from_gradients
+from .adapters import find_trainable, lost_starts
 from .blocks import JOINT_RANK, Blocks
 from .runtime import Runtime
 from .sharding import Layout
@@ -118,11 +118,12 @@ class LoFTAdamW(Optimizer):
                 f"LoFT does not treat these adapter parameters, AdamW moves them: {', '.join(listed[:8])}{rest}",
                 stacklevel=2,
             )
-        if started := started_from_gradients(model):
+        if lost := lost_starts(model):
+            starts = ", ".join(f"{adapter} ({start})" for adapter, start in lost.items())
             warnings.warn(
-                f"LoRA-GA took the start of {', '.join(started)} out of the frozen weights, so what is saved of it is "
-                "no adapter of the model on disk. Keep the start too (model.save_pretrained(START) before training): "
-                "PEFT's path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
+                f"the start of {starts} was taken out of the frozen weights, and PEFT cannot do so again: what is "
+                "saved is no adapter of the model on disk. Keep the start too (export_adapter before the first step): PEFT's "
+                "path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
                 stacklevel=2,
             )
 

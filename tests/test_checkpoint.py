@@ -590,7 +590,7 @@ def test_a_start_from_gradients_belongs_to_other_weights(tmp_path):
     preprocess_loraga(model, config, lambda: (model(x) - y).square().mean().backward())
     model = get_peft_model(model, config)
     model.save_pretrained(tmp_path / "start")
-    with pytest.warns(UserWarning, match="LoRA-GA took the start of default out of the frozen weights"):
+    with pytest.warns(UserWarning, match=r"start of default \(lora_ga\) was taken out of the frozen weights"):
         optimizer = LoFTAdamW(model, lr=1e-2)
     for _ in range(3):
         (model(x) - y).square().mean().backward()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..adapters import uncompiled
 from ..errors import CheckpointError
 from ..factors import Factor
 from ..optimizer import LoFTAdamW
@@ -57,7 +58,8 @@ def load_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
     layout.refresh()
     for group, saved in zip(optimizer.param_groups, manifest["groups"], strict=True):
         group.update({key: tuple(v) if key == "betas" else v for key, v in saved["settings"].items()})
-    own = dict(optimizer.model.named_buffers())
+    with uncompiled(optimizer.model) as plain:
+        own = dict(plain.named_buffers())
     for name, buffer in buffers.items():
         own[name].copy_(buffer)
     if engine is not None and manifest["engine"] is not None:  # it is None where it was saved without DeepSpeed

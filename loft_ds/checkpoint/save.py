@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import uncompiled
 from ..optimizer import LoFTAdamW
 from ..ranks import all_gather, first_rank, together
 from ..sharding import Layout
@@ -94,5 +95,6 @@ def _share(optimizer: LoFTAdamW, layout: Layout) -> tuple[dict[str, Tensor], dic
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers, such as a saved module's running statistics."""
-    persistent = model.state_dict().keys()
-    return {name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent}
+    with uncompiled(model) as plain:
+        persistent = plain.state_dict().keys()
+        return {name: b.detach().cpu().clone() for name, b in plain.named_buffers() if name in persistent}

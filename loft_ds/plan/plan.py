@@ -35,7 +35,7 @@ def arithmetic(division: Division) -> tuple[Tensor, Tensor]:
         products, passes = (18, 24) if joint else (10, 14)
         a_row = moves * 2 * l * (packed + 2 * r) + 4 * r**3 + products * 2 * r**2
         # Of the partner, Q and the corrections. Of the pair, what turns bases and weights.
-        operations.append((partition.owned, e * a_row, e * (moves * 4 * l * r**2 + (28 if joint else 8) * r**3)))
+        operations.append((partition.owned, e * a_row, e * (moves * 4 * l * r**2 + (32 if joint else 8) * r**3)))
         numbers.append((partition.owned, e * (moves * 2 * packed + passes * r), e * moves * 3 * l * r))
     return division.summed(operations) / 2, FLOAT * division.summed(numbers) / 2
 

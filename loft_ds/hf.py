@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -114,6 +115,15 @@ class LoFTMixin(Base):
                     return f"{base.__name__}.{method}"
         return next((f"TrainingArguments({name}=...)" for name in dropped_arguments(self.args, type(self.args))), None)
 
+    @property
+    def _max_grad_norm(self) -> float | None:
+        """LoFT's norm: the argument, unless a DeepSpeed JSON says one; Transformers sees to it that both agree."""
+        if not self.is_deepspeed_enabled:
+            return self.args.max_grad_norm or None
+        if "gradient_clipping" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
+            return None
+        return self.args.max_grad_norm or math.inf  # of a silent JSON DeepSpeed makes 1.0
+
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Build LoFTAdamW from the TrainingArguments, in the Trainer's two groups of parameters."""
         if not self.use_loft or self.optimizer is not None:
@@ -126,8 +136,7 @@ class LoFTMixin(Base):
             "betas": (self.args.adam_beta1, self.args.adam_beta2),
             "eps": self.args.adam_epsilon,
             "weight_decay": self.args.weight_decay,
-            # Under DeepSpeed the JSON's "gradient_clipping" says it, which the Trainer fills in from the same argument.
-            "max_grad_norm": None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
+            "max_grad_norm": self._max_grad_norm,
             "params": [
                 {"params": [p for name, p in trained if name in decayed]},
                 {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},

@@ -122,8 +122,8 @@ class LoFTAdamW(Optimizer):
             starts = ", ".join(f"{adapter} ({start})" for adapter, start in lost.items())
             warnings.warn(
                 f"the start of {starts} was taken out of the frozen weights, and PEFT cannot do so again: what is "
-                "saved is no adapter of the model on disk. Keep the start too (export_adapter before the first step): PEFT's "
-                "path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
+                "saved is no adapter of the model on disk. Keep the start too (export_adapter before the first step): "
+                "PEFT's path_initial_model_for_weight_conversion=START makes of both one adapter of twice the rank.",
                 stacklevel=2,
             )
 

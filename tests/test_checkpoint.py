@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import loft_ds
 from loft_ds import Blocks, CheckpointError, LoFTAdamW
 from loft_ds.checkpoint.files import digest, read_json, write_json
+from loft_ds.checkpoint.manifest import PAIR_STATE
 
 STEPS = 8
 
@@ -153,7 +154,9 @@ def test_state_comes_back_as_it_lay_in_memory(tmp_path, turns):
             if isinstance(live, torch.Tensor):
                 loaded = resumed.state[name][key]
                 assert loaded.stride() == live.stride(), (name, key)
-                assert loaded.data_ptr() % 64 == live.data_ptr() % 64 == 0, (name, key)
+                # The (r, r) matrices are in float64: in every product there is a copy of them, scaled or in float32.
+                if key not in PAIR_STATE:
+                    assert loaded.data_ptr() % 64 == live.data_ptr() % 64 == 0, (name, key)
 
 
 @pytest.mark.parametrize(

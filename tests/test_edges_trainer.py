@@ -216,3 +216,32 @@ def test_zero_to_fp32_reads_the_engines_checkpoints_alone(ranks, tmp_path, stage
     (of_trainer, of_engine), _ = ranks(2)(converted, tmp_path, stage)
     assert of_trainer == "FileNotFoundError"
     assert of_engine == expected
+
+
+def clipped_under_deepspeed(rank, world, folder, in_json, argument):
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2},
+        **in_json,
+    }
+    args = arguments(folder, deepspeed=config, max_grad_norm=argument)
+    trainer = InOrder(model=Regression(), args=args, train_dataset=examples())
+    trainer.train()
+    return trainer._loft.max_grad_norm
+
+
+@pytest.mark.parametrize(
+    ("in_json", "argument", "found"),
+    [
+        ({}, 0.05, 0.05),
+        ({}, 0.0, float("inf")),
+        ({"gradient_clipping": "auto"}, 0.05, 0.05),
+        ({"gradient_clipping": 0.05}, 0.05, 0.05),
+    ],
+)
+def test_the_trainers_norm_counts_where_the_json_is_silent(ranks, tmp_path, in_json, argument, found):
+    """DeepSpeed would clip at 1.0 there."""
+    assert ranks(1)(clipped_under_deepspeed, tmp_path, in_json, argument) == [found]

@@ -158,7 +158,8 @@ def _table(chosen: pandas.DataFrame, measure: str) -> str:
 
 
 def _at_one_rate(frame: pandas.DataFrame, measure: str) -> str | None:
-    cells = frame[(frame["method"] == "LoFT") & (frame["lr"] == ONE_RATE)].groupby("rank")
+    same = (frame["lr"] / ONE_RATE - 1).abs() < 1e-9  # pandas reads 3e-4 as its neighbour
+    cells = frame[(frame["method"] == "LoFT") & same].groupby("rank")
     return _by_method({"LoFT": {_rank_name(rank): _mean(cell[measure]) for rank, cell in cells}} if len(cells) else {})
 
 
@@ -245,7 +246,7 @@ def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: P
     """The sweep on the left, the measure over ranks on the right."""
     measure = next(name for name in MEASURES if name in frame)
     main = [m for m in (FULL, BOUND, "LoFT", "LoFT as published", LORA) if m in set(frame["method"])]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     colours = dict(zip(main, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for (method, rank), cell in frame[frame["seed"] == 0].groupby(["method", "rank"], sort=False):
         if method in main:
@@ -255,7 +256,7 @@ def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: P
                 cell["lr"], cell[score], style, marker="o", color=colours[method], label=f"{method}, {_rank_name(rank)}"
             )
     left.set(xscale="log", xlabel="learning rate", ylabel=score.replace("_", " "), title="sweep, seed 0")
-    left.legend(fontsize="x-small")
+    left.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))  # off the data
     for method in main:
         cells = chosen[chosen["method"] == method].groupby("rank")[measure]
         means, errors = cells.mean(), cells.sem().fillna(0)
@@ -264,7 +265,10 @@ def _draw(frame: pandas.DataFrame, chosen: pandas.DataFrame, score: str, path: P
         else:
             right.errorbar(means.index, means, yerr=errors, marker="o", color=colours[method], label=method)
     right.set(xscale="log", xlabel="rank", ylabel=MEASURES[measure][0], title="at the chosen rate, mean and its error")
-    right.legend(fontsize="x-small")
+    ranks = sorted(set(chosen["rank"]) - {0})
+    right.set_xticks(ranks, [str(rank) for rank in ranks])
+    right.minorticks_off()
+    right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -78,9 +78,10 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
 
     Of the optimizer: the gradients as DeepSpeed hands them over in float32, and then the larger of two. While rows are
     read, what the exchange of one side holds, beside what came for the other one. After that the gradients that came
-    from elsewhere, the scaled gradients of both sides (where both move, one of them in place of ``before``), and the
-    partners of one side as they are sent, received and put in order. Beside these the arithmetic of one stack, several
-    times its rows and partners in float64, the kernels' workspace, and chunks of what is offloaded.
+    from elsewhere, the scaled gradients of both sides (or, where both move, the following one's step, what of it lies
+    outside, and its moved rows), and the partners of one side as they are sent, received and put in order. Beside these
+    the (r, r) matrices of all pairs, as they are summed, joined and turned; the arithmetic of one stack, several times
+    its rows and partners in float64; the kernels' workspace; and chunks of what is offloaded.
 
     At stage 3 the whole weights of two decoder layers, the largest embedding and the prefetch bucket; at stages 1 and 2
     the bucket that gradients are reduced in. Activations with checkpointing: the hidden state of every decoder layer,
@@ -88,13 +89,15 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     with their gradient in float32.
     """
     partners = torch.maximum(*division.partners.values()).clamp(max=4 * BUCKET_BYTES // FLOAT)
-    scaled = division.larger if division.joint else division.elements
+    rows = 3 * division.larger if division.joint else division.elements
     carried = 6 * torch.maximum(division.holding, division.travelling)
-    numbers = division.size + int(torch.maximum(carried, division.travelling + scaled + 3 * partners).max())
+    numbers = division.size + int(torch.maximum(carried, division.travelling + rows + 3 * partners).max())
     owned = int(division.elements.max())
     stack = max(max(f.rank * (f.count + f.partner.count), min(f.numel, owned)) for f in division.factors)
+    matrices = (4 if division.joint else 2) * int(division.bases.max())
     arithmetic = 5 * max(STACK_BYTES, DOUBLE * stack) + WORKSPACE_BYTES
-    optimizer = FLOAT * numbers + arithmetic + (2 * CHUNK_BYTES if "second_moment" in job.offload else 0)
+    chunks = 2 * CHUNK_BYTES if "second_moment" in job.offload else 0
+    optimizer = FLOAT * numbers + matrices + arithmetic + chunks
     if job.stage == 3:
         body = shapes.adapted / shapes.depth
         weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)

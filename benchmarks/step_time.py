@@ -154,12 +154,12 @@ def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     packed = rank * (rank + 1) // 2
     joint = turns_of(rank) == "joint"
     moves = 2 if joint else 1  # of a factor in two steps
-    # Products of its rows and (r, r) matrices in two steps, of a Gram matrix only a triangle. As it leads: gradient, U to
-    # the factor, Gram matrix and cross product; as it follows: gradient, momentum, pending, Gram matrix. Jointly also,
-    # as it leads, the last move's Gram matrix and cross product; as it follows, momentum once more, rows times
-    # gradient, U to the factor, and four and a half of what lies outside.
-    products = 3.5 + 3.5 + (1.5 + 7.5 if joint else 0)
-    operations = numbers = 0
+    # Products of its rows and (r, r) matrices in two steps, of a Gram matrix only a triangle. As it leads: gradient, U
+    # to the factor, Gram matrix and cross product; as it follows: gradient, momentum, pending, Gram matrix. Jointly
+    # also, as it leads, the last move's Gram matrix and cross product; as it follows, momentum once more, rows times
+    # gradient, U to the factor, and two and a half for what of U lies outside.
+    products = 3.5 + 3.5 + (1.5 + 5.5 if joint else 0)
+    operations = numbers = 0.0
     for k, l in (shape, shape[::-1]):  # noqa: E741
         operations += moves * 2 * k * l * (packed + 2 * rank)  # V, M and U @ Q
         operations += 3 * k * rank**3  # R.T P R, of whose second product only a triangle is needed

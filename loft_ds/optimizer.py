@@ -40,8 +40,8 @@ class LoFTAdamW(Optimizer):
 
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
-        lr: learning rate, of the size that full fine-tuning with AdamW takes: 1e-4 to 3e-4. torch's default of 1e-3 is
-            mostly too long a step. It needs no warm-up.
+        lr: learning rate, of the size that full fine-tuning with AdamW takes. 3e-4 is a good first one at every rank
+            (benchmarks/results/quality.md). torch's default of 1e-3 is mostly too long a step.
         betas: decay of momentum and second moment.
         eps: AdamW's.
         weight_decay: decoupled, multiplied by the learning rate.

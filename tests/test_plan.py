@@ -168,7 +168,7 @@ def test_state_is_balanced(world, stage):
     planned = memory(shapes, job, division)
     own = sum(planned[kind] for kind in ("masters", "momentum", "second moments", "pending or before")).double()
     assert float(own.max()) < 1.01 * float(own.mean())
-    # The (r, r) bases, weights and rotations are what ranks have in common: of their own layers, and of one that is cut.
+    # The (r, r) matrices are what ranks have in common: of their own layers, and of one that is cut.
     layers = 126 / world
     assert float(planned["bases"].max()) <= (math.ceil(layers) + 1) * 7 * 5 * 8 * 64**2
 

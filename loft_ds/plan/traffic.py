@@ -87,7 +87,7 @@ def received(division: Division) -> dict[str, Tensor]:
     return {
         "gradients": FLOAT * (division.travelling - stay).double(),
         "updates": FLOAT * (division.holding - stay).double(),
-        "partners": FLOAT * division.turns * sum(division.partners.values()).double(),
+        "partners": FLOAT * division.turns * (division.partners["A"] + division.partners["B"]).double(),
         "products": products(division),
     }
 

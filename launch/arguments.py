@@ -22,7 +22,7 @@ class Optimizer(str, Enum):
     FULL = "full"
 
 
-# Used when --learning_rate is not given. The first two are the best of a sweep on the default model and text, which
+# Used when --learning_rate is not given. The first two are the best of a sweep of release 0.1 on the default job, which
 # stands in benchmarks/results/main_job.json; the third is a customary one.
 LEARNING_RATES = {Optimizer.LOFT: 4e-4, Optimizer.LORA: 4e-3, Optimizer.FULL: 2e-5}
 

@@ -94,6 +94,10 @@ class Side:
             torch._foreach_copy_(values, self.split(strided))
             self._moved = None
 
+    def release(self) -> None:
+        """Forget what belongs to a step alone: DeepSpeed is to free its gradients."""
+        self.home, self._moved = (), None
+
     def split(self, stacked: Tensor) -> list[Tensor]:
         """What belongs to each factor of ``stacked`` (b, ., .): (., .), or (E, ., .) of E experts."""
         experts = self.factors[0].experts

@@ -119,6 +119,10 @@ class Runtime:
             for stack, step in zip(stacks, before, strict=True):
                 stack.step = step
             raise
+        finally:
+            for stack in stacks:  # also those that this rank has no part in
+                for side in stack.sides:
+                    side.release()
 
     def _step(self, stacks: Sequence[Pairs], share: Share, layout: Layout, max_grad_norm: float | None) -> Tensor:
         running = []
@@ -148,7 +152,6 @@ class Runtime:
         for each in running:
             for side in each.stack.sides:
                 side.write()
-                side.home = ()  # its gradients are to be freed
         for part in share.others:
             self._adamw(part, clip)
         layout.write([f for lead in leads for f in (lead, lead.partner)] if self.blocks.balancing else leads + follows)

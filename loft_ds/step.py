@@ -109,6 +109,7 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
         shorter = within_bound(outer, length, pairs, blocks)
         outside = step - torch.bmm(follow.rows.double(), inside @ inner).to(step)
         move(follow, outside.mul_(shorter))
+        del step, outside
         growth = (shorter * follow.lr) ** 2 * (follow.basis @ outer @ follow.basis.mT)
 
     # 6. The same product as the shortest factors.

@@ -24,6 +24,7 @@ class Outcome:
     steps: dict[str, int] = field(default_factory=dict)
     cuts: list[str] = field(default_factory=list)  # factors with a boundary inside a feature row
     empty: list[str] = field(default_factory=list)  # factors this rank owns no row of
+    holds_gradients: bool = False  # between steps
     elements: dict[str, int] = field(default_factory=dict)  # of the state, by kind
 
 
@@ -102,7 +103,8 @@ def train_sharded(
         with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
             params[name] = p.detach().float().cpu().clone()
     outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
-    states = optimizer.state
+    states, stacks = optimizer.state, optimizer._runtime._stacks
+    outcome.holds_gradients = any(side.home for stack in stacks for side in stack.sides)
     outcome.steps = {f.name: states[f.name]["step"] for f in optimizer.trainable.factors}
     for factor, partition in getattr(optimizer.attach(), "_partitions", {}).items():
         inside = [int(b) % factor.rank for b in partition.held.edges if 0 < b < factor.numel]

@@ -149,9 +149,7 @@ class Runtime:
             self._gather(running, Phase.FOLLOWERS, follows, layout)
             self._sum(running, Phase.OUTSIDE, layout)
         self._together(running, Phase.BALANCE)
-        for each in running:
-            for side in each.stack.sides:
-                side.write()
+        self._write(running)
         for part in share.others:
             self._adamw(part, clip)
         layout.write([f for lead in leads for f in (lead, lead.partner)] if self.blocks.balancing else leads + follows)
@@ -216,13 +214,15 @@ class Runtime:
         state = loaded[a]
         return Pairs(a_side, b_side, self.blocks.moves_jointly(a.rank), state["step"] if state else 0)
 
+    def _dtype_of_second_moment(self, values: Tensor) -> torch.dtype:
+        return self.second_moment_dtype or values.dtype
+
     def _in_own_dtype(self, state: State, rows: Rows) -> State:
-        dtype = self.second_moment_dtype or rows.values.dtype
-        return {**state, "second_moment": state["second_moment"].to(dtype)}
+        return {**state, "second_moment": state["second_moment"].to(self._dtype_of_second_moment(rows.values))}
 
     def _empty_second_moment(self, factor: Factor, values: Tensor) -> Tensor:
         shape = (*values.shape[:-1], self.blocks.state_width(factor.rank))
-        dtype = self.second_moment_dtype or values.dtype
+        dtype = self._dtype_of_second_moment(values)
         if self.offload_second_moment:
             return kernels.zeros_at_home(shape, dtype, values.device)
         return values.new_zeros(shape, dtype=dtype)
@@ -269,8 +269,9 @@ class Runtime:
         except Exception as error:
             if len(group) == 1:
                 group[0].fail(error)
-            for each in group:  # one of them fails by itself, and can say of whom
-                Runtime._answer_together([each])
+            else:
+                for each in group:  # one of them fails by itself, and can say of whom
+                    Runtime._answer_together([each])
             return
         parts = [None] * len(group) if results is None else zip(*(t.split(sizes) for t in results), strict=True)
         for each, part in zip(group, parts, strict=True):
@@ -317,6 +318,11 @@ class Runtime:
                     each.answer(Partner([bucket[f] for f in each.question.factors], second_moments))
         for each in asking.values():  # this rank owns no rows of them
             each.answer(Partner([], kernels.Resident()))
+        self._write(running)
+
+    @staticmethod
+    def _write(running: Sequence[_Running]) -> None:
+        """Put all rows that have moved where others will gather them from."""
         for each in running:
             for side in each.stack.sides:
                 side.write()

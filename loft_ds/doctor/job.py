@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from ..plan import GPUS, INTERCONNECTS, Job, Shapes, plan, shapes_of
-from ..zero.config import SettingsError, check_loft_settings, read_deepspeed_json
+from ..zero.config import SettingsError, read_deepspeed_json
+from ..zero.unsupported import find_json_refusals
 
 
 def read_settings(options: argparse.Namespace, world: int) -> dict[str, Any]:
@@ -17,8 +18,7 @@ def read_settings(options: argparse.Namespace, world: int) -> dict[str, Any]:
     """
     if options.deepspeed is None:
         return {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
-    settings = read_deepspeed_json(options.deepspeed)
-    check_loft_settings(options.deepspeed, settings)
+    settings = read_deepspeed_json(options.deepspeed, find_json_refusals)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     given = [settings[key] for key in keys if isinstance(settings.get(key), int)]  # not "auto"
     if len(given) == len(keys) and given[0] != given[1] * given[2] * world:

@@ -16,8 +16,6 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
 from deepspeed.utils import logger
 
-from .unsupported import find_json_refusals
-
 
 class SettingsError(Exception):
     """Mistakes of the user's; its message is what they see, one line each."""
@@ -65,8 +63,8 @@ def read_deepspeed_json(path: str, *checks: Callable[[dict[str, Any]], Iterable[
 
     Args:
         path: The file.
-        checks: What else may be wrong, as :func:`find_json_refusals` finds it. They see the settings without those
-            that DeepSpeed refuses.
+        checks: What else may be wrong, as :func:`.unsupported.find_json_refusals` finds it. They see the settings
+            without those that DeepSpeed refuses.
 
     Raises:
         SettingsError: If there is no such file, it is no JSON, DeepSpeed does not know or accept something in it, or a
@@ -91,7 +89,8 @@ def read_deepspeed_json(path: str, *checks: Callable[[dict[str, Any]], Iterable[
     usable = later | {key: sound[key] for key in given if key in sound}
     for check in checks:
         mistakes += check(usable)
-    _raise(path, mistakes)
+    if mistakes:
+        raise SettingsError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     if ignored:
         warnings.warn(f"{path}: DeepSpeed ignores {', '.join(ignored)}", stacklevel=2)
     return config
@@ -113,12 +112,6 @@ def _load(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SettingsError(f"{path}: must hold one JSON object")
     return config
-
-
-def _raise(path: str, mistakes: Iterable[str]) -> None:
-    lines = [f"{path}: {mistake}" for mistake in mistakes]
-    if lines:
-        raise SettingsError("\n".join(lines))
 
 
 def _sift(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -203,17 +196,3 @@ def _subclasses(cls: type) -> Iterable[type]:
 def _nearest(key: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
-
-
-def check_loft_settings(path: str, config: dict[str, Any], *, auto_fp16: bool = False) -> None:
-    """Refuses settings under which something other than LoFT would train, or that LoFT refuses at the first step.
-
-    Args:
-        path: The file, for the message.
-        config: Its settings.
-        auto_fp16: What ``"auto"`` will stand for in ``fp16.enabled``.
-
-    Raises:
-        SettingsError: With what to do instead, from the table in :mod:`loft_ds.zero.unsupported`.
-    """
-    _raise(path, find_json_refusals(config, auto_fp16=auto_fp16))

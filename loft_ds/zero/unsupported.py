@@ -1,7 +1,7 @@
 """What LoFT cannot treat under DeepSpeed: how it shows, and what to do instead.
 
 One table for three readers: the check of a DeepSpeed JSON before a model is loaded
-(:func:`loft_ds.zero.config.check_loft_settings`), the check of a live engine at the first gradient
+(:func:`loft_ds.zero.config.read_deepspeed_json`), the check of a live engine at the first gradient
 (:func:`loft_ds.zero.stages.layout_of`, :func:`loft_ds.zero.engine.find_engine`), and the README, which holds what
 ``python -m loft_ds.zero.unsupported`` prints.
 """

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .export import export_adapter
     from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
     from .optimizer import LoFTAdamW
+    from .zero.offload import offload_states, reload_states
 
 __all__ = [
     "Blocks",
@@ -23,6 +24,8 @@ __all__ = [
     "SaveOnSIGTERM",
     "export_adapter",
     "load_checkpoint",
+    "offload_states",
+    "reload_states",
     "save_checkpoint",
 ]
 
@@ -33,6 +36,8 @@ _MODULES = {
     "LoFTAdamW": "optimizer",
     "export_adapter": "export",
     "load_checkpoint": "checkpoint",
+    "offload_states": "zero.offload",
+    "reload_states": "zero.offload",
     "save_checkpoint": "checkpoint",
 }
 

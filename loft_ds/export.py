@@ -16,15 +16,13 @@ from torch import Tensor
 
 from .adapters import lost_starts, uncompiled
 from .checkpoint import attached
+from .quantised import is_quantised
 from .ranks import all_gather, first_rank, together
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from .optimizer import LoFTAdamW
-
-# Where PEFT has its LoRA layers for quantised base layers.
-QUANTISED = {f"peft.tuners.lora.{kind}" for kind in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao")}
 
 
 def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *, merge: bool = False) -> None:
@@ -66,9 +64,7 @@ def _not_on_disk(model: PeftModel) -> str | None:
             "first step, save_pretrained's path_initial_model_for_weight_conversion makes of both an adapter of the "
             "model on disk."
         )
-    if getattr(model.get_base_model(), "is_quantized", False) or any(
-        type(m).__module__ in QUANTISED for m in model.modules()
-    ):
+    if is_quantised(model):
         return (
             "the adapter was trained on quantised weights. Export it without merge, then merge it into what it was "
             "trained on: base.dequantize(), PeftModel.from_pretrained(base, directory).merge_and_unload()."

@@ -28,6 +28,7 @@ from .checkpoint import CheckpointError, last_tag, load_checkpoint, naming, save
 from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
 from .ranks import all_gather
+from .zero.unsupported import find_model_refusal
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -83,6 +84,7 @@ class LoFTMixin(Base):
         ValueError: an optimizer is chosen in another way too, which the Trainer would drop without a word, or
             ``save_on_each_node`` is set (a checkpoint's parts are in one folder).
         RuntimeError: when training begins: something else than LoFT would train.
+        NotImplementedError: when training begins: weights that DeepSpeed cannot take.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -129,6 +131,8 @@ class LoFTMixin(Base):
         if not self.use_loft or self.optimizer is not None:
             return super().create_optimizer(model)
         model = self.model if model is None else model
+        if self.is_deepspeed_enabled and (refusal := find_model_refusal(model)):
+            raise NotImplementedError(refusal)
         decayed = set(self.get_decay_parameter_names(model))
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         settings = {

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from . import algebra
 from .adapters import find_trainable, lost_starts
 from .blocks import JOINT_RANK, Blocks
+from .quantised import check_unpacked, four_bit_layers
 from .runtime import Runtime
 from .sharding import Layout
-from .state_dict import build, own, pack, unpack
+from .state_dict import Snapshot, build, own, pack, unpack
 from .zero.attachment import Attachment
 
 
@@ -91,6 +92,7 @@ class LoFTAdamW(Optimizer):
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
         self.model = model
         self.trainable = find_trainable(model)
+        self._four_bit_layers = four_bit_layers(model)
         self.max_grad_norm = max_grad_norm
         self.second_moment_dtype = second_moment_dtype
         self.offload_second_moment = offload_second_moment
@@ -129,11 +131,11 @@ class LoFTAdamW(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, dict[str, Any]]:
-        """All state by parameter name, made anew each time: assign to it, do not write into it.
+        """All state by parameter name, made anew each time: assign to it. To write into it raises.
 
         Empty for whatever else DeepSpeed looks up in it, as torch's own is.
         """
-        return defaultdict(dict, self._runtime.state)
+        return defaultdict(dict, {name: Snapshot(each) for name, each in self._runtime.state.items()})
 
     @state.setter
     def state(self, state: Mapping[Any, dict[str, Any]]) -> None:
@@ -205,17 +207,19 @@ class LoFTAdamW(Optimizer):
         """One step. Under DeepSpeed it is called once a group or sub-group; the last of these calls moves all.
 
         Raises:
-            RuntimeError: a layout that is not known, or a step in which no factor pair has a gradient.
+            RuntimeError: a layout that is not known, a step in which no factor pair has a gradient, or frozen weights
+                that pass none on.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_unpacked(self._four_bit_layers)
         layout = self._attachment.to_step(self)
         if layout is not None and layout.collect(self.param_groups):
             device = self._global_grad_norm.device.type
             with torch.autocast(device, enabled=False), algebra.products_in("ieee"):
-                norm = self._runtime.take_step(layout, self.max_grad_norm)
+                norm = self._runtime.take_step(layout, self.max_grad_norm, self._attachment.arrivals)
             self._global_grad_norm = self._global_grad_norm.to(norm.device).copy_(norm)  # a model may have been moved
             self._attachment.stepped(self._global_grad_norm)
         return loss

@@ -19,8 +19,9 @@ from .step import Partner, Phase, Step, loft_step
 
 NO_GRADIENT = (
     "no LoRA pair has a gradient, so LoFT has nothing to do in this step. Call backward() first; if a loss was "
-    "computed, check that the adapters are active and take part in it. Gradient checkpointing passes none on to "
-    "adapters behind frozen embeddings, unless it has use_reentrant=False or enable_input_require_grads() was called."
+    "computed, check that the adapters which the optimizer was built for are active and take part in it: for others "
+    "build it, and the engine, anew. Gradient checkpointing passes none on to adapters behind frozen embeddings, "
+    "unless it has use_reentrant=False or enable_input_require_grads() was called."
 )
 
 
@@ -75,7 +76,6 @@ class Runtime:
         self._others: dict[str, Moments] = {}
         self._loaded: dict[str, State] = {}  # until the first step says which rows are this rank's
         self._order = {a: i for i, (a, _) in enumerate(trainable.pairs)}
-        self._seen = False  # a gradient of a pair that is not zero
 
     @property
     def state(self) -> dict[str, State]:
@@ -92,7 +92,6 @@ class Runtime:
     @state.setter
     def state(self, state: Mapping[str, State]) -> None:
         self._stacks, self._others, self._loaded = [], {}, {name: dict(each) for name, each in state.items()}
-        self._seen = bool(state)
 
     def place(self, kind: str, tensor: Tensor, device: torch.device) -> Tensor:
         """A part of a factor's state where it belongs while ``device`` works on it; itself if it is there."""
@@ -100,10 +99,15 @@ class Runtime:
             return kernels.at_home(tensor, device)
         return tensor.to(device)
 
-    def take_step(self, layout: Layout, max_grad_norm: float | None) -> Tensor:
+    def take_step(self, layout: Layout, max_grad_norm: float | None, arrivals: int | None = None) -> Tensor:
         """Move all that is trained by one step, and give the norm before clipping, a float64 scalar.
 
         A collective.
+
+        Args:
+            layout: where this rank's rows lie.
+            max_grad_norm: the norm to clip to; None for no clipping.
+            arrivals: how many gradients of pairs came to this rank, where zeros stand for those that did not come.
 
         Raises:
             RuntimeError: no pair has a gradient, or one that is not finite.
@@ -114,7 +118,7 @@ class Runtime:
         stacks = self._stacks_of(share.rows, layout)
         before = [stack.step for stack in stacks]
         try:
-            return self._step(stacks, share, layout, max_grad_norm)
+            return self._step(stacks, share, layout, max_grad_norm, len(share.rows) if arrivals is None else arrivals)
         except Exception:  # a step that failed is none
             for stack, step in zip(stacks, before, strict=True):
                 stack.step = step
@@ -124,7 +128,9 @@ class Runtime:
                 for side in stack.sides:
                     side.release()
 
-    def _step(self, stacks: Sequence[Pairs], share: Share, layout: Layout, max_grad_norm: float | None) -> Tensor:
+    def _step(
+        self, stacks: Sequence[Pairs], share: Share, layout: Layout, max_grad_norm: float | None, arrivals: int
+    ) -> Tensor:
         running = []
         for stack in stacks:
             if layout.concerns(stack.A.factors[0]):
@@ -138,7 +144,7 @@ class Runtime:
         # All ranks pass through all phases that any pair needs: each is a collective.
         self._sum(running, Phase.OVERLAPS, layout)
         self._together(running, Phase.BASES)
-        norm = self._norm(running, share, layout)
+        norm = self._norm(running, share, layout, arrivals)
         clip = 1.0 if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for each in running:
             each.answer(clip.to(each.stack.A.momentum.device) if isinstance(clip, Tensor) else clip)
@@ -277,11 +283,11 @@ class Runtime:
         for each, part in zip(group, parts, strict=True):
             each.answer(part)
 
-    def _norm(self, running: Sequence[_Running], share: Share, layout: Layout) -> Tensor:
+    def _norm(self, running: Sequence[_Running], share: Share, layout: Layout, arrivals: int) -> Tensor:
         """The norm over all ranks: of pairs what they say, of all else the gradients.
 
         Raises:
-            RuntimeError: only what is in no pair has ever had a gradient. DeepSpeed fills in zeros where there is none.
+            RuntimeError: no gradient of a pair has come to any rank.
         """
         device = next(iter(share.rows.values())).values.device
 
@@ -291,21 +297,17 @@ class Runtime:
             zero = torch.zeros((), dtype=torch.float64, device=device)
             return torch.stack([zero, *(norm.to(device) for norm in norms)]).square().sum()
 
-        others = square([part.grad for part in share.others])
-        pairs = others.new_ones(()) if self._seen else square([rows.grad for rows in share.rows.values()])
-        own = square([tensor for each in running for tensor in each.question[0]])
+        own = square([part.grad for part in share.others])
+        own += square([tensor for each in running for tensor in each.question[0]])
         alike = [
             (each.question[1], layout.sharers(each.stack.A.factors[0]))
             for each in running
             if each.question[1] is not None
         ]
         twice = square([inner / sharers**0.5 if sharers > 1 else inner for inner, sharers in alike])
-        total = own + others - twice
-        sums = layout.all_reduce(torch.stack([total, others, pairs]))
-        if not self._seen:
-            self._seen = bool(sums[2] > 0)
-            if not self._seen and bool(sums[1] > 0):
-                raise RuntimeError(NO_GRADIENT)
+        sums = layout.all_reduce(torch.stack([own - twice, torch.full_like(own, arrivals)]))
+        if not arrivals and not bool(sums[1] > 0):  # asked only where none came, because the answer is waited for
+            raise RuntimeError(NO_GRADIENT)
         return sums[0].clamp_min(0).sqrt()  # of nothing but rounding it may be below zero
 
     def _gather(self, running: Sequence[_Running], phase: Phase, moving: Sequence[Factor], layout: Layout) -> None:

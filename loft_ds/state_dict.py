@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 State = dict[Any, dict[str, Any]]
 
 
+class Snapshot(dict[str, Any]):
+    """The state of one parameter as it is now. What was written into it would be lost, so that raises."""
+
+    def __setitem__(self, kind: str, value: Any) -> None:
+        raise TypeError(
+            f"LoFT's state is made when it is asked for, and {kind!r} written into it would be lost: assign "
+            "optimizer.state = {...}. In place of engine.offload_states() there is loft_ds.offload_states(engine)."
+        )
+
+
 def own(state: Mapping[Any, dict[str, Any]]) -> State:
     """State that shares no memory with that of an optimizer."""
     return {
@@ -42,8 +52,8 @@ def pack(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
         group["variant"] = loft.variant
     numbers = _numbers(loft)
-    if numbers is not None:
-        state_dict["state"] = {numbers[name]: each for name, each in state_dict["state"].items()}
+    keys = numbers or {name: name for name in state_dict["state"]}
+    state_dict["state"] = {keys[name]: dict(each) for name, each in state_dict["state"].items()}
 
 
 def unpack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

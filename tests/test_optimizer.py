@@ -178,12 +178,13 @@ def test_loaded_state_is_its_own(turns):
 
 
 def test_state_is_assigned_as_a_whole():
-    """It is made when it is asked for: what is set in it is lost."""
+    """It is made when it is asked for: what is written into it would be lost."""
     model = odd_model()
     optimizer = LoFTAdamW(model, lr=1e-2)
     train(model, optimizer, 2)
     name = next(iter(optimizer.state))
-    optimizer.state[name]["step"] = 7
+    with pytest.raises(TypeError, match=r"'step' written into it would be lost: assign optimizer\.state"):
+        optimizer.state[name]["step"] = 7
     assert optimizer.state[name]["step"] == 2
     optimizer.state = {}
     assert not optimizer.state

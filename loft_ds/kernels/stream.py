@@ -52,13 +52,13 @@ def _within(packed: Sequence[Tensor], part: Part) -> list[Tensor]:
     return [each[rows] for each in packed[pairs]]
 
 
-def at_home(packed: Tensor, device: torch.device) -> Tensor:
-    """Second moments where they rest: in CPU memory, pinned where ``device``, which works on them, is an accelerator.
+def at_home(state: Tensor, device: torch.device) -> Tensor:
+    """State where it rests: in CPU memory, pinned where ``device``, which works on it, is an accelerator.
 
     The tensor itself if it is there already.
     """
-    packed = packed.cpu()
-    return packed if device.type == "cpu" or packed.is_pinned() else packed.pin_memory()
+    state = state.cpu()
+    return state if device.type == "cpu" or state.is_pinned() else state.pin_memory()
 
 
 def zeros_at_home(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

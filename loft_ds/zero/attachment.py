@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..optimizer import LoFTAdamW
 
 
-# The watch over each parameter. Not an attribute of it: a model is to be pickled without its optimizer.
-_HANDLES: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
+# The watch over each parameter, and whose it is. Not its attribute: a model is to be pickled without its optimizer.
+_WATCHED: MutableMapping[Tensor, tuple[Any, weakref.ref[Attachment]]] = WeakIdKeyDictionary()
 
 
 class Attachment:
@@ -39,11 +39,22 @@ class Attachment:
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self._arrived: set[int] = set()
+        self._of_pairs = {id(f.param) for f in trainable.factors}
+        self._arrivals: int | None = 0
         self._rehearsed = False
         self._settled = False
         watch = _Watch(optimizer, self)
         for p in trainable.parameters.values():
             watch.over(p)
+
+    @property
+    def arrivals(self) -> int | None:
+        """How many gradients of pairs have come since the last step, on this rank.
+
+        DeepSpeed fills in zeros where there is none. None where that is not so, as in plain torch, and where another
+        optimizer has been built since then and watches instead.
+        """
+        return None if self._clipping is None else self._arrivals
 
     def find(self, optimizer: LoFTAdamW) -> Layout | None:
         """The layout in which gradients arrive; None where DeepSpeed is still building its engine.
@@ -66,6 +77,8 @@ class Attachment:
 
         Until the first step every backward pass looks anew: one may come before ``deepspeed.initialize``.
         """
+        if self._arrivals is not None and id(param) in self._of_pairs:
+            self._arrivals += 1
         if not self._settled:
             if not self._arrived or id(param) in self._arrived:
                 self._arrived.clear()
@@ -102,14 +115,19 @@ class Attachment:
             return None
         raise RuntimeError(
             "LoFTAdamW was called to step, but no gradient reached the parameters of the model it was built from. "
-            "Build it from the very model object that is trained, after peft.get_peft_model."
+            "Build it from the very model object that is trained, after peft.get_peft_model and set_adapter."
         )
 
     def stepped(self, norm: Tensor) -> None:
         """A step was taken: from now on the layout stays, and DeepSpeed's reports show LoFT's norm."""
         self._settled = True
+        self._arrivals = None if self._arrivals is None else 0
         if self._clipping is not None:
             self._clipping.report(norm)
+
+    def watch_no_more(self) -> None:
+        """Another optimizer watches these parameters from now on."""
+        self._arrivals = None
 
     def _handed_own_parameters(self, optimizer: LoFTAdamW) -> bool:
         return all(id(p) in self._own for group in optimizer.param_groups for p in group["params"])
@@ -130,10 +148,14 @@ class _Watch:
 
     def over(self, param: nn.Parameter) -> None:
         """Watch a parameter, in place of the LoFTAdamW built before."""
-        if param in _HANDLES:
-            _HANDLES[param].remove()
-        _HANDLES[param] = param.register_post_accumulate_grad_hook(self._on_gradient)
-        self._handles.append(_HANDLES[param])
+        if param in _WATCHED:
+            handle, earlier = _WATCHED[param]
+            handle.remove()
+            if (attachment := earlier()) is not None:
+                attachment.watch_no_more()
+        handle = param.register_post_accumulate_grad_hook(self._on_gradient)
+        _WATCHED[param] = handle, self._attachment
+        self._handles.append(handle)
 
     def _on_gradient(self, param: Tensor) -> None:
         optimizer, attachment = self._optimizer(), self._attachment()

@@ -6,7 +6,7 @@ way and is refused, never guessed at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,10 +70,23 @@ def data_parallel_groups(wrapper: Any) -> list[Any]:
     return [param.ds_process_group for param in params if hasattr(param, "ds_process_group")]
 
 
-def _device() -> torch.device:
+def _sharded(
+    trainable: Trainable,
+    held: Mapping[nn.Parameter, Held],
+    flats: Sequence[Tensor],
+    group: Any,
+    publish: Callable[[], None],
+    refresh: Callable[[], None],
+) -> Layout:
     from deepspeed.accelerator import get_accelerator
 
-    return torch.device(get_accelerator().current_device_name())
+    if left_out := [name for name, p in trainable.parameters.items() if p not in held]:
+        raise RuntimeError(
+            f"{left_out[0]} was frozen when DeepSpeed built its engine, and LoFTAdamW was built to train it: another "
+            "adapter has been made active in between (set_adapter). Build the optimizer after that, then the engine."
+        )
+    device = torch.device(get_accelerator().current_device_name())
+    return Sharded(trainable.factors, trainable.others, held, flats, group, device, publish, refresh)
 
 
 def _bare(_: Any, trainable: Trainable) -> Layout:
@@ -125,9 +138,7 @@ def _stage1_and_2(wrapper: Any, trainable: Trainable) -> Layout:
             parts[rank].data.copy_(flat.data)
 
     held = _flattened(wrapper.bit16_groups, wrapper.bit16_groups_flat, flats, rank)
-    return Sharded(
-        trainable.factors, trainable.others, held, flats, group, _device(), publish, wrapper.update_lp_params
-    )
+    return _sharded(trainable, held, flats, group, publish, wrapper.update_lp_params)
 
 
 def _bf16(wrapper: Any, trainable: Trainable) -> Layout:
@@ -135,8 +146,7 @@ def _bf16(wrapper: Any, trainable: Trainable) -> Layout:
     group = data_parallel_groups(wrapper)[0]
     flats = wrapper.fp32_groups_flat_partition
     held = _flattened(wrapper.bf16_groups, wrapper.bf16_groups_flat, flats, torch.distributed.get_rank(group))
-    refresh = wrapper.update_lp_params
-    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), lambda: None, refresh)
+    return _sharded(trainable, held, flats, group, lambda: None, wrapper.update_lp_params)
 
 
 def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
@@ -159,4 +169,4 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
             wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
-    return Sharded(trainable.factors, trainable.others, held, flats, group, _device(), publish, refresh)
+    return _sharded(trainable, held, flats, group, publish, refresh)

@@ -1,9 +1,9 @@
 """What LoFT cannot treat under DeepSpeed: how it shows, and what to do instead.
 
-One table for three readers: the check of a DeepSpeed JSON before a model is loaded
-(:func:`loft_ds.zero.config.read_deepspeed_json`), the check of a live engine at the first gradient
-(:func:`loft_ds.zero.stages.layout_of`, :func:`loft_ds.zero.engine.find_engine`), and the README, which holds what
-``python -m loft_ds.zero.unsupported`` prints.
+One table for four readers: the check of a DeepSpeed JSON before a model is loaded
+(:func:`loft_ds.zero.config.read_deepspeed_json`), of a model before a Trainer hands it to DeepSpeed
+(:mod:`loft_ds.hf`), of a live engine at the first gradient (:func:`loft_ds.zero.stages.layout_of`,
+:func:`loft_ds.zero.engine.find_engine`), and the pages, which hold what ``python -m loft_ds.zero.unsupported`` prints.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..quantised import wrapped_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -24,6 +28,7 @@ class Unsupported:
         name: what it is, as in "LoFT does not support NAME".
         remedy: what to do instead, and why where that is not plain.
         in_json: whether the settings of a DeepSpeed JSON ask for it; None where no setting does, or not alone.
+        in_model: the name of what is found of it in a model; None where no model shows it.
         in_engine: whether a live engine does it; None where DeepSpeed itself refuses it before there is an engine. A
             string is a yes, and the name of what was found where that says more than ``name``.
     """
@@ -31,6 +36,7 @@ class Unsupported:
     name: str
     remedy: str
     in_json: Callable[[dict[str, Any]], bool] | None = None
+    in_model: Callable[[nn.Module], str] | None = None
     in_engine: Callable[[DeepSpeedEngine], bool | str] | None = None
 
     def found_in_json(self, config: dict[str, Any]) -> bool:
@@ -59,6 +65,16 @@ def find_json_refusals(config: dict[str, Any], *, auto_fp16: bool = False) -> li
     return [row.refusal() for row in UNSUPPORTED if row.found_in_json(config)]
 
 
+def find_model_refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be trained under DeepSpeed; None where it can.
+
+    Args:
+        model: the one that DeepSpeed will get.
+    """
+    rows = ((row, row.in_model(model)) for row in UNSUPPORTED if row.in_model is not None)
+    return next((row.refusal(found) for row, found in rows if found), None)
+
+
 def find_engine_refusal(engine: DeepSpeedEngine) -> str | None:
     """Why LoFT cannot train under a live engine; None where it can.
 
@@ -72,7 +88,8 @@ def format_table() -> str:
     """The table as Markdown, as it stands in the README."""
     lines = ["| raises | seen in | what to do |", "| --- | --- | --- |"]
     for row in UNSUPPORTED:
-        seen = [place for place, how in (("JSON", row.in_json), ("engine", row.in_engine)) if how is not None]
+        places = {"JSON": row.in_json, "model": row.in_model, "engine": row.in_engine}
+        seen = [place for place, how in places.items() if how is not None]
         lines.append(f"| {row.name} | {', '.join(seen)} | {row.remedy} |")
     return "\n".join(lines)
 
@@ -232,6 +249,12 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "DeepSpeed's pipeline engine",
         "use ZeRO without a PipelineModule",
         in_engine=_engine_pipelines,
+    ),
+    Unsupported(
+        "a base model quantised by torchao or quanto",
+        "DeepSpeed 0.19.8 cannot move such weights, with any optimizer; train it without DeepSpeed, or quantise by "
+        "bitsandbytes or hqq",
+        in_model=wrapped_weights,
     ),
     Unsupported(
         "tensor parallelism",

@@ -28,7 +28,9 @@ LEARNING_RATES = {Optimizer.LOFT: 4e-4, Optimizer.LORA: 4e-3, Optimizer.FULL: 2e
 
 # Flags that --optimizer loft alone reads, and those that --optimizer full does not.
 LOFT_FLAGS = ("offload_second_moment", "head_learning_rate")
-ADAPTER_FLAGS = ("target_modules", "target_parameters", "modules_to_save")
+ADAPTER_FLAGS = ("target_modules", "target_parameters", "modules_to_save", "load_in_4bit", "load_in_8bit")
+# Flags that --load_in_4bit alone reads.
+FOUR_BIT_FLAGS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 # Used when neither --max_steps nor --num_train_epochs is given: a few minutes on two CPU cores.
 DEFAULT_STEPS = 40
@@ -73,6 +75,18 @@ class LaunchArguments:
     offload_second_moment: bool = field(
         default=False,
         metadata={"help": "Keep LoFT's second moments in CPU memory; once a turn they pass through the GPU in chunks."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits, by bitsandbytes. So is --load_in_8bit."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The frozen weights in 8 bits, by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Of --load_in_4bit.", "choices": ["nf4", "fp4"]})
+    bnb_4bit_use_double_quant: bool = field(
+        default=False, metadata={"help": "Of --load_in_4bit: quantise its scales as well."}
+    )
+    bnb_4bit_compute_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of --load_in_4bit: the type of its products. Default: that of the other weights."},
     )
     block_size: int = field(default=128, metadata={"help": "Tokens in one training sequence."})
     eval_fraction: float = field(

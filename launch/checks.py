@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from arguments import ADAPTER_FLAGS, LOFT_FLAGS, LaunchArguments, Optimizer, world_size
+from arguments import ADAPTER_FLAGS, FOUR_BIT_FLAGS, LOFT_FLAGS, LaunchArguments, Optimizer, world_size
 from loft_ds.hf import dropped_arguments
 from loft_ds.zero.config import SettingsError
 
@@ -22,12 +23,13 @@ class LaunchError(SettingsError):
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that the optimizer would drop without a word.
+    """Refuses flags that would be dropped without a word, and those that need what is not there.
 
     Raises:
         LaunchError: Such a flag is given.
     """
-    given = {flag for flag in LOFT_FLAGS + ADAPTER_FLAGS if getattr(args, flag) != getattr(LaunchArguments, flag)}
+    flags = LOFT_FLAGS + ADAPTER_FLAGS + FOUR_BIT_FLAGS
+    given = {flag for flag in flags if getattr(args, flag) != getattr(LaunchArguments, flag)}
     for flag in LOFT_FLAGS:
         if flag in given and args.optimizer is not Optimizer.LOFT:
             raise LaunchError(f"--{flag} is LoFT's: --optimizer {args.optimizer.value} would drop it")
@@ -37,6 +39,16 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.optimizer is Optimizer.LOFT:
         for flag in dropped_arguments(args):
             raise LaunchError(f"--{flag} is another optimizer's: --optimizer loft would drop it")
+    for flag in FOUR_BIT_FLAGS:
+        if flag in given and not args.load_in_4bit:
+            raise LaunchError(f"--{flag} is of --load_in_4bit, which is not given")
+    quantised = given & {"load_in_4bit", "load_in_8bit"}
+    if len(quantised) == 2:
+        raise LaunchError("--load_in_4bit and --load_in_8bit: choose one")
+    if quantised and importlib.util.find_spec("bitsandbytes") is None:
+        raise LaunchError(f"--{quantised.pop()} needs bitsandbytes: pip install 'loft_ds[quantised]'")
+    if args.bnb_4bit_compute_dtype not in (None, "float32", "bfloat16", "float16"):
+        raise LaunchError(f"--bnb_4bit_compute_dtype {args.bnb_4bit_compute_dtype}: float32, bfloat16 or float16")
     if args.head_learning_rate is not None and not args.modules_to_save:
         raise LaunchError("--head_learning_rate: nothing trains outside the adapters; name it by --modules_to_save")
 

@@ -29,7 +29,14 @@ import transformers
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import logger as deepspeed_logger
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank
 from assets import MODEL_NAME, TEXT_NAME, default_model
@@ -38,6 +45,7 @@ from data import blocks, read_documents, tokenize
 from faults import Watch
 from loft_ds import CheckpointError, SaveOnSIGTERM
 from loft_ds.adapters import find_trainable
+from loft_ds.quantised import keep_gradients
 from loft_ds.ranks import first_rank
 from loft_ds.zero.config import SettingsError, read_deepspeed_json
 from loft_ds.zero.unsupported import find_json_refusals
@@ -174,11 +182,32 @@ def train(argv: list[str] | None = None) -> None:
             report(Path(training_args.output_dir), facts, trainer.state.log_history)
 
 
+def quantisation(args: LaunchArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is to quantise the frozen weights; None where it is not asked to.
+
+    Args:
+        args: the flags.
+        dtype: of the weights that stay as they are.
+    """
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not args.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=args.bnb_4bit_compute_dtype or dtype,
+    )
+
+
 def load_model(
     source: str, lora: LoraConfig | None, args: LaunchArguments, training_args: TrainingArguments
 ) -> PreTrainedModel | PeftModel:
     """The model to train, with its adapters if it gets any."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype(args, training_args))
+    dtype = load_dtype(args, training_args)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=quantisation(args, dtype))
+    keep_gradients(model)
     model.config.use_cache = False
     if lora is not None:
         model = get_peft_model(model, lora)
@@ -237,6 +266,7 @@ def describe(
         "head_learning_rate": args.head_learning_rate,
         "lora_rank": args.lora_rank if adapted else None,
         "lora_alpha": args.lora_alpha if adapted else None,
+        "quantised": args.bnb_4bit_quant_type if args.load_in_4bit else "int8" if args.load_in_8bit else None,
         "block_size": args.block_size,
         "trainable_parameters": sum(size for size, trained in sizes if trained),
         "parameters": sum(size for size, _ in sizes),

@@ -34,6 +34,12 @@ def four_bit_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing a model's weights for inference: see :func:`check_unpacked`."""
+    for layer in four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
 def check_unpacked(layers: Sequence[Any]) -> None:
     """Refuse weights that bitsandbytes has packed for inference: no gradient passes through them any more.
 
@@ -46,7 +52,6 @@ def check_unpacked(layers: Sequence[Any]) -> None:
     if any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers):
         raise RuntimeError(
             "bitsandbytes has packed the frozen weights for inference, in an evaluation on this CPU, and no gradient "
-            "passes through them any more. Load the model anew, and before the first evaluation: for module in "
-            'model.modules(): if hasattr(module, "support_avx512bf16_for_cpu"): '
-            "module.support_avx512bf16_for_cpu = False"
+            "passes through them any more. Load the model anew, and call loft_ds.quantised.keep_gradients(model) "
+            "before the first evaluation."
         )

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from loft_ds import LoFTAdamW, LoFTTrainer
+from loft_ds.quantised import keep_gradients
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -71,12 +72,6 @@ def quantise_by_hqq(model: nn.Module) -> None:
                 if isinstance(linear, nn.Linear):
                     config = BaseQuantizeConfig(nbits=4, group_size=64)
                     setattr(block, name, HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"))
-
-
-def keep_gradients(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def dequantised(folder: str, model: PeftModel) -> PeftModel:

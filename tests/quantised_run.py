@@ -6,19 +6,19 @@ Started by test_quantised.py, because the packages are no part of the tests' own
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from ranks import Ranks
+from scaling import TINY
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -124,6 +124,30 @@ def compare(rank: int, world: int, folder: str, kind: str, stage: int | None, op
     return float((got - wanted).norm() / wanted.norm())
 
 
+def bytes_of_base(rank: int, world: int, folder: str, kind: str, stage: int) -> int:
+    """What the frozen weights take on this rank, with all that bitsandbytes keeps beside them."""
+    import deepspeed
+
+    model = load(folder, kind)
+    keep_gradients(model)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 1000}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=LoFTAdamW(model), config={**ZERO, "zero_optimization": zero}
+    )
+    engine(input_ids=ids(0)[:2], labels=ids(0)[:2])  # int8 takes its scales at the first pass
+    engine.empty_partition_cache()
+    kept: list[Tensor] = []
+    for p in model.parameters():
+        if not p.requires_grad:
+            kept += [p.data, getattr(p, "ds_tensor", p.data)]
+            state = getattr(p, "quant_state", None)
+            for each in (state, getattr(state, "state2", None)):
+                kept += [t for t in vars(each).values() if isinstance(t, Tensor)] if each is not None else []
+    kept += [m.state.SCB for m in model.modules() if hasattr(m, "state") and m.state.SCB is not None]
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in kept if t.numel()}
+    return sum(sizes.values())
+
+
 def evaluate_first(rank: int, world: int, folder: str, careful: bool) -> str:
     """What a step says after an evaluation that lets bitsandbytes pack its weights, and after one that does not."""
     model = load(folder, "nf4")
@@ -167,6 +191,11 @@ def main() -> None:
         for kind in (*BITSANDBYTES, "hqq"):
             for stage in (0, 2, 3):
                 out[f"{kind} {stage}"] = two(compare, folder, kind, stage)[0]
+        larger = f"{folder}/larger"
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY)).save_pretrained(larger)
+        for kind in ("nf4", "nf4 twice", "int8"):
+            for stage in (0, 3):
+                out[f"{kind} {stage} bytes"] = two(bytes_of_base, larger, kind, stage)
         out["int8 AdamW"] = alone(compare, folder, "int8", None, "adamw")[0]
         for kind in ("torchao", "quanto"):
             out[f"{kind} plain"] = alone(compare, folder, kind, None)[0]
@@ -179,6 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore")
     main()

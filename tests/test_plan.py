@@ -281,6 +281,34 @@ def test_offload_moves_what_it_names():
     assert away.peak == pytest.approx(here.peak - here.memory["second moments"] + 2 * CHUNK_BYTES)
 
 
+def test_a_quantised_base_is_smaller(capsys):
+    """4 bits and a float32 scale for 64 of them; what is no linear layer, and experts, stay as they are."""
+    shapes, job = builtin("Llama-3-8B"), Job(16, 1, 0)
+    linear = shapes.adapted
+    whole, four, twice, eight = (
+        float(memory(shapes, dataclasses.replace(job, quantised=kind))["base weights"])
+        for kind in ("", "4bit", "4bit-double", "8bit")
+    )
+    assert whole - four == pytest.approx(linear * (2 - 0.5 - 4 / 64), rel=1e-5)
+    assert four - twice == pytest.approx(linear * (3 / 64 - 4 / 64 / 256), rel=1e-3)
+    assert whole - eight == pytest.approx(linear, rel=1e-3)
+    experts = builtin("Mixtral-8x7B")
+    mixed = memory(experts, dataclasses.replace(job, quantised="4bit"))["base weights"]
+    assert float(mixed) > 0.9 * float(memory(experts, job)["base weights"])
+    main(["Llama-3-8B", "--stage", "0", "--gpus-per-node", "1", "--load-in-4bit"])
+    text = capsys.readouterr().out
+    assert "frozen linear layers in 4bit" in text
+    assert f"{four / 1e9:.3f} GB" in text
+
+
+def test_a_quantised_base_travels_as_bytes():
+    shapes, job = builtin("Llama-3-8B"), Job(16, 8, 3)
+    before, after = (
+        deepspeed_traffic(shapes, dataclasses.replace(job, quantised=kind))["parameters"] for kind in ("", "8bit")
+    )
+    assert 1.5 < before / after < 2
+
+
 def test_experts_are_pairs():
     """Mixtral: 4 matrices of attention a layer, and two of each of 8 experts; a token meets two of the experts."""
     shapes = builtin("Mixtral-8x7B")
@@ -304,7 +332,12 @@ def test_narrow_layers_are_left_to_adamw(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["no-such-model"], ["Llama-3-8B", "--rank", "5000"], ["Llama-3-8B", "--stage", "2", "--offload", "param"]],
+    [
+        ["no-such-model"],
+        ["Llama-3-8B", "--rank", "5000"],
+        ["Llama-3-8B", "--stage", "2", "--offload", "param"],
+        ["Llama-3-8B", "--double-quant"],
+    ],
 )
 def test_mistakes_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from launch_helpers import ROOT, free_port, make_model, write_text
 from safetensors.torch import load_file
+from scaling import TINY
+
+from loft_ds.plan import Job, memory, shapes_of
 
 PACKAGES = Path(sys.prefix) / "quantised"  # where `make setup` puts them
 
@@ -21,7 +24,7 @@ def run(*command: str | Path) -> str:
     if not PACKAGES.is_dir():
         pytest.skip(f"bitsandbytes, hqq, torchao and quanto are not in {PACKAGES}: run make setup")
     environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    environment["PYTHONPATH"] = str(PACKAGES)
+    environment["PYTHONPATH"] = f"{PACKAGES}:{ROOT / 'benchmarks'}"
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -49,6 +52,14 @@ def test_a_base_of_wrapped_tensors_trains_without_deepspeed(outcomes):
     assert outcomes["quanto plain"] == 0
     # torchao scales after its product, and not before it: float32's rounding, enlarged in the same way.
     assert 0 < outcomes["torchao plain"] < outcomes["int8 AdamW"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("kind", "planned_as"), [("nf4", "4bit"), ("nf4 twice", "4bit-double"), ("int8", "8bit")])
+def test_the_plan_knows_the_size_of_a_quantised_base(outcomes, kind, planned_as, stage):
+    job = Job(rank=4, world=2, stage=stage, precision=4, quantised=planned_as, persistent=1000)
+    planned = memory(shapes_of(TINY), job)["base weights"]
+    assert outcomes[f"{kind} {stage} bytes"] == pytest.approx(planned.tolist(), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["torchao", "quanto"])

@@ -34,6 +34,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--offload", nargs="+", choices=sorted(OFFLOADED), default=[], help="to CPU memory")
     parser.add_argument("--second-moment-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the weights")
+    quantised = parser.add_mutually_exclusive_group()
+    quantised.add_argument("--load-in-4bit", action="store_true", help="the frozen linear layers, by bitsandbytes")
+    quantised.add_argument("--load-in-8bit", action="store_true", help="the same in 8 bits")
+    parser.add_argument("--double-quant", action="store_true", help="of --load-in-4bit: its scales as well")
     parser.add_argument("--tokens", type=int, default=4096, help="of one GPU in a step (default 4096)")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--interconnect", choices=INTERCONNECTS, default="ndr400", help="of a GPU to other nodes")
@@ -42,6 +46,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.nodes, options.gpus_per_node, options.rank, options.tokens) < 1:
         parser.error("--nodes, --gpus-per-node, --rank and --tokens must be positive")
+    if options.double_quant and not options.load_in_4bit:
+        parser.error("--double-quant is of --load-in-4bit, which is not given")
     possible = stages(options.offload)
     if options.stage not in possible:
         parser.error(f"--offload {' '.join(options.offload)}: DeepSpeed does it from stage {possible.start} on")
@@ -60,11 +66,19 @@ def job_of(options: argparse.Namespace) -> Job:
         world=options.nodes * options.gpus_per_node,
         stage=options.stage,
         precision=2 if options.precision == "bf16" else 4,
+        quantised=quantised_of(options),
         second_moment=2 if options.second_moment_dtype == "bfloat16" else 4,
         offload=frozenset(options.offload),
         tokens=options.tokens,
         per_node=options.gpus_per_node,
     )
+
+
+def quantised_of(options: argparse.Namespace) -> str:
+    """How the frozen weights are quantised, as :class:`Job` has it."""
+    if options.load_in_8bit:
+        return "8bit"
+    return ("4bit-double" if options.double_quant else "4bit") if options.load_in_4bit else ""
 
 
 def smallest_stage(shapes: Shapes, job: Job, gpu: Gpu) -> int | None:
@@ -100,7 +114,7 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
         [
             f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {matrices} adapted "
             f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, "
-            f"ZeRO {job.stage}",
+            f"ZeRO {job.stage}" + (f", frozen linear layers in {job.quantised}" if job.quantised else ""),
             *([f"{left} matrices have fewer inputs or outputs than that: LoFT leaves them to AdamW"] if left else []),
             "",
             *table("Memory of a GPU, the fullest:", found.memory, GB, "GB"),

@@ -30,6 +30,8 @@ class Job:
         world: ranks, that is GPUs.
         stage: of ZeRO.
         precision: bytes of a weight: 2 (with float32 masters) or 4.
+        quantised: the frozen linear layers by bitsandbytes: "4bit", "4bit-double" (its scales as well), "8bit"; "" for
+            none.
         second_moment: bytes of an entry: 4, or 2 with ``second_moment_dtype=torch.bfloat16``.
         offload: what lies in CPU memory: "second_moment" (LoFTAdamW's ``offload_second_moment``), "optimizer"
             (DeepSpeed's ``offload_optimizer``), "param" (``offload_param``, stage 3).
@@ -43,6 +45,7 @@ class Job:
     world: int = 1
     stage: int = 3
     precision: int = 2
+    quantised: str = ""
     second_moment: int = FLOAT
     offload: frozenset[str] = frozenset()
     tokens: int = 4096

@@ -14,6 +14,7 @@ from ..kernels.stream import CHUNK_BYTES
 from ..kernels.tiled import WORKSPACE_BYTES
 from ..pairs import STACK_BYTES
 from ..sharding.sharded import BUCKET_BYTES
+from .base import quantised_layers, scale_bytes, stored
 from .division import DOUBLE, FLOAT, Division, Job, division_of
 from .shapes import Shapes
 
@@ -39,7 +40,7 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
     ``grad_partitions_flat_buffer``), float32 masters, which in fp32 are the weights themselves at stage 0.
     """
     division = division or division_of(shapes, job)
-    base, whole = shapes.parameters, sum(division.sizes)
+    base, whole = sum(each.bytes for each in stored(shapes, job)), sum(division.sizes)
     sixteen = job.precision == 2
     gradients: int | Tensor
     if job.stage == 0:
@@ -52,8 +53,8 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
         gathered = sum(numel for numel in division.sizes if numel <= kept)
         adapters, gradients, masters = part + gathered, part, part
         base = sum(
-            count * (_padded(numel, job.world) + (numel if numel <= kept else 0))
-            for numel, count in shapes.weights.items()
+            count * width * (_padded(numel, job.world) + (numel if numel <= kept else 0))
+            for count, numel, width in stored(shapes, job)
         )
     one = torch.ones(job.world, dtype=torch.int64)
     rows = {
@@ -64,7 +65,7 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
         "kept rows": FLOAT * division.travelling,
     }
     return {
-        "base weights": one * job.precision * base,
+        "base weights": one * (base + scale_bytes(shapes, job)),
         "adapters": one * job.precision * adapters,
         "gradients": one * job.precision * gradients,
         "masters": one * FLOAT * masters,
@@ -83,8 +84,9 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     the (r, r) matrices of all pairs, as they are summed, joined and turned; the arithmetic of one stack, several times
     its rows and partners in float64; the kernels' workspace; and chunks of what is offloaded.
 
-    At stage 3 the whole weights of two decoder layers, the largest embedding and the prefetch bucket; at stages 1 and 2
-    the bucket that gradients are reduced in. Activations with checkpointing: the hidden state of every decoder layer,
+    Of a quantised base the largest layer in the precision of its products. At stage 3 the whole weights of two decoder
+    layers, the largest embedding and the prefetch bucket; at stages 1 and 2 the bucket that gradients are reduced in.
+    Activations with checkpointing: the hidden state of every decoder layer,
     one layer anew (34 bytes a token and feature: Korthikanti et al. 2022, without the attention matrix), and the logits
     with their gradient in float32.
     """
@@ -99,10 +101,12 @@ def work(shapes: Shapes, job: Job, division: Division) -> dict[str, float]:
     chunks = 2 * CHUNK_BYTES if "second_moment" in job.offload else 0
     optimizer = FLOAT * numbers + matrices + arithmetic + chunks
     if job.stage == 3:
-        body = shapes.adapted / shapes.depth
-        weights = job.precision * (2 * body + shapes.vocabulary * shapes.hidden + PREFETCH)
+        ends = shapes.vocabulary * shapes.hidden
+        body = sum(each.bytes for each in stored(shapes, job)) - job.precision * (shapes.parameters - shapes.adapted)
+        weights = 2 * body / shapes.depth + job.precision * (ends + PREFETCH)
     else:
         weights = job.precision * (2 * job.reduce_bucket if job.stage else 0)
+    weights += job.precision * max((layer.numel for layer in quantised_layers(shapes, job)), default=0)
     activations = job.tokens * (
         shapes.depth * shapes.hidden * job.precision
         + 34 * shapes.hidden * job.precision / 2

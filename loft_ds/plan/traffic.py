@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..sharding.exchange import plan_gather, plan_rows
 from ..sharding.sharded import rounds_of
+from .base import Stored, stored
 from .division import DOUBLE, FLOAT, Division, Job
 from .shapes import Shapes
 
@@ -145,11 +146,10 @@ def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
         return {"gradients": 2 * others * trained}
     if job.stage < 3:  # reduced whole: reduce_scatter of the JSON is off for adapters' small buckets in 0.19
         return {"gradients": 2 * others * trained, "parameters": others * trained}
-    small = sum(numel * count for numel, count in shapes.weights.items() if numel <= job.persistent)
-    small_trained = sum(numel for numel in sizes if numel <= job.persistent)
-    large = shapes.parameters - small + sum(sizes) - small_trained
-    return {
-        "gradients": others * trained,
-        # For the forward pass, and again for the backward pass but for what stage3_max_live_parameters keeps.
-        "parameters": others * job.precision * (large + max(0, large - MAX_LIVE) + small_trained),
-    }
+    large = [each for each in stored(shapes, job) if each.numel > job.persistent]
+    large += [Stored(1, numel, job.precision) for numel in sizes if numel > job.persistent]
+    small_trained = job.precision * sum(numel for numel in sizes if numel <= job.persistent)
+    elements, bytes_ = (sum(each.count * each.numel for each in large), sum(each.bytes for each in large))
+    # For the forward pass, and again for the backward pass but for what stage3_max_live_parameters keeps.
+    again = max(0, elements - MAX_LIVE) / max(1, elements)
+    return {"gradients": others * trained, "parameters": others * (bytes_ * (1 + again) + small_trained)}

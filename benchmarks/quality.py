@@ -3,7 +3,7 @@
     python benchmarks/quality.py classification --workers 2     # or factorisation, head, longer, reviews, language
     python benchmarks/quality.py reviews --methods LoFT LoRA    # some columns
     python benchmarks/quality.py captured                       # how much of the full gradient a rank can follow
-    python benchmarks/quality.py page                           # tables and plots of all that has been measured
+    python benchmarks/quality.py page                           # docs/results/quality.md and a page a study
 
 A study's trainings are appended to ``results/quality/STUDY.jsonl``, each with its seed, versions, wall time and commit;
 started again, it does what is missing. First every method's whole sweep of learning rates with seed 0; then the other
@@ -38,7 +38,7 @@ from loft_ds.zero.config import SettingsError
 from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
 from studies.methods import METHODS
-from studies.page import write_page
+from studies.page import write_quality
 from studies.tasks import Classification, Factorisation, Language, Task
 from studies.training import Changes, Run, best_of_rank, changes, compare, steps_after, train
 
@@ -276,7 +276,7 @@ def quick(study: Study) -> Study:
 
 
 def main() -> None:
-    """Run one study, or write the page of all."""
+    """Run one study, or write the pages of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=[*STUDIES, "captured", "page"])
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each in a process of its own")
@@ -287,7 +287,7 @@ def main() -> None:
     if args.methods and args.study not in STUDIES:
         parser.error(f"{args.study} has no columns to choose")
     if args.study == "page":
-        write_page(args.results, {name: study.task.score for name, study in STUDIES.items()})
+        write_quality(args.results, ROOT / "docs" / "results")
         return
     study = STUDIES["classification" if args.study == "captured" else args.study]
     study = quick(study) if args.quick else study

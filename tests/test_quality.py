@@ -1,8 +1,10 @@
-"""The quality studies work: a few steps of each kind, resumed where they stopped, and the page of their results."""
+"""The quality studies work: a few steps of each kind, resumed where they stopped, and the pages of their results."""
 
 import json
+import re
 from collections import OrderedDict
 
+import pandas
 import peft
 import pytest
 import torch
@@ -12,7 +14,7 @@ import quality
 from studies.candidates import TruncatedAdamW, aim
 from studies.captured import shares
 from studies.methods import METHODS
-from studies.page import write_page
+from studies.page import at_one_rate, below, chosen_of, gaps, values_of, write_quality
 from studies.peers import AltLoRAPlus, LoRAPro, LoRARITE
 from studies.tasks import Factorisation
 from studies.training import best_of_rank, compare
@@ -49,13 +51,50 @@ def test_a_study_and_its_page(name, tmp_path):
         assert again["lr"] == min((record for record in own if record["seed"] == 0), key=lambda r: r[score])["lr"]
     assert all(record["commit"] and record["seconds"] > 0 and len(record["training_losses"]) == 3 for record in results)
 
-    write_page(tmp_path / "quality", {name: score})
-    page = (tmp_path / "quality.md").read_text()
+    write_quality(tmp_path / "quality", tmp_path / "pages")
+    assert f"(quality/{name}.md)" in (tmp_path / "pages" / "quality.md").read_text()
+    page = (tmp_path / "pages" / "quality" / f"{name}.md").read_text()
     chosen = [r for r in results if r["method"] == "LoFT" and r["lr"] == own_rate(results, "LoFT")]
     shown = "loss" if name == "factorisation" else "test_loss"
-    assert f"| {sum(r[shown] for r in chosen) / len(chosen):.3g} ± " in page
-    assert f"quality/{name}.png" in page
-    assert (tmp_path / "quality" / f"{name}.png").stat().st_size > 0
+    assert f"| {sum(r[shown] for r in chosen) / len(chosen):.3f} ± " in page
+
+
+def test_tables_of_a_study():
+    """Of two ranks, two rates and two seeds, every number worked out by hand."""
+
+    def training(method, rank, lr, seed, score, loss):
+        return {"method": method, "rank": rank, "lr": lr, "seed": seed, "validation_loss": score, "test_loss": loss}
+
+    rows = [
+        training("full", 0, lr, seed, score, 0.2)
+        for lr, seed, score in ((1e-4, 0, 2.0), (3e-4, 0, 1.0), (3e-4, 1, 1.0))
+    ]
+    rows += [training("full", 0, 1e-3, 0, 3.0, 0.2)]
+    for rank, loft, lora in ((1, 0.5, 0.6), (2, 0.3, 0.6)):
+        rows += [training("LoFT", rank, lr, 0, score, loft) for lr, score in ((1e-4, 2.0), (3e-4, 1.0))]
+        rows += [training("LoFT", rank, 3e-4, 1, 9.0, loft + 0.1)]  # a better seed 1 elsewhere decides nothing
+        rows += [training("LoRA", rank, lr, 0, score, lora) for lr, score in ((1e-3, 1.0), (3e-3, 2.0))]
+        rows += [training("LoRA", rank, 1e-3, 1, 1.0, lora + 0.2)]
+    chosen = chosen_of(pandas.DataFrame(rows))
+    assert set(zip(chosen["method"], chosen["lr"], strict=True)) == {("full", 3e-4), ("LoFT", 3e-4), ("LoRA", 1e-3)}
+    # Half of the interval of two values d apart: 12.7062 d / 2, which is Student's t of one degree of freedom.
+    assert values_of(chosen, "test_loss", ["LoFT", "full"]) == {
+        "LoFT": {1: "0.550 ± 0.635 *", 2: "0.350 ± 0.635 *"},
+        "full": {0: "0.200 ± 0.000"},
+    }
+    assert gaps(chosen, "test_loss") == {"LoFT": {1: "30%", 2: "70%"}}
+    assert below(chosen, "test_loss", "LoRA") == {"LoFT": {1: "0.150 ± 0.635", 2: "0.350 ± 0.635"}}
+    assert at_one_rate(pandas.DataFrame(rows), "test_loss") == {1: "0.550 ± 0.635", 2: "0.350 ± 0.635"}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((quality.RESULTS / "quality").glob("*.findings.md")), ids=lambda file: file.name
+)
+def test_findings_are_of_short_sentences(file):
+    text = "\n".join(line for line in file.read_text().splitlines() if not line.startswith("|"))
+    for part in re.split(r"\n\n|\n- |\n#+ ", text):
+        for sentence in re.split(r"(?<=[.?!:]) ", re.sub(r"[*\s]+", " ", part)):
+            assert len(re.findall(r"\S*\w\S*", sentence)) <= 25, sentence
 
 
 @pytest.mark.parametrize(
@@ -135,8 +174,8 @@ def test_what_is_captured(tmp_path, monkeypatch):
         assert (share["A"] == 0) == at_zero, "B is zero at PEFT's start, and not after a step"
         assert 0 < share["B"] <= share["both"] + 1e-12 <= 1  # float64; they are the same where B is zero
         assert share["B"] <= share["best B"] <= 1
-    write_page(tmp_path / "quality", {})
-    assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "quality.md").read_text()
+    write_quality(tmp_path / "quality", tmp_path / "pages")
+    assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "pages" / "quality" / "captured.md").read_text()
 
 
 def test_aiming_finds_the_gradients_directions():

@@ -29,7 +29,7 @@ def wrapped_weights(model: nn.Module) -> str:
     return next((f"a base model of {kind.__module__.split('.')[0]}'s {kind.__name__}" for kind in strange), "")
 
 
-def four_bit_layers(model: nn.Module) -> list[nn.Module]:
+def four_bit_layers(model: nn.Module) -> list[Any]:
     """The layers of bitsandbytes that may pack their weights for inference: see :func:`check_unpacked`."""
     return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 

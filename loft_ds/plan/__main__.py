@@ -107,13 +107,13 @@ def summary(shapes: Shapes, found: Plan, gpu_name: str, interconnect: str) -> st
         return [title, *(f"  {kind:<22}{value / unit:12.3f} {name}" for kind, value in kinds.items())]
 
     matrices, left = (sum(layer.experts for layer in layers) for layers in (shapes.layers, shapes.small(job.rank)))
-    traffic = found.traffic
+    traffic, nodes = found.traffic, math.ceil(job.world / job.per_node)
     received = {kind: getattr(traffic, kind) for kind in ("gradients", "updates", "partners", "products")}
     fits = found.peak <= USABLE * gpu.memory
     return "\n".join(
         [
             f"{shapes.name}: {shapes.parameters / GB:.2f} billion frozen weights, {matrices} adapted "
-            f"matrices at rank {job.rank}, {job.world} ranks on {math.ceil(job.world / job.per_node)} nodes, "
+            f"matrices at rank {job.rank}, {job.world} ranks on {nodes} node{'' if nodes == 1 else 's'}, "
             f"ZeRO {job.stage}" + (f", frozen linear layers in {job.quantised}" if job.quantised else ""),
             *([f"{left} matrices have fewer inputs or outputs than that: LoFT leaves them to AdamW"] if left else []),
             "",

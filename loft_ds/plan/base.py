@@ -17,14 +17,14 @@ BLOCK, BLOCK_OF_SCALES = 64, 256
 class Stored(NamedTuple):
     """A frozen parameter: how many there are of it, its elements, and the bytes of each."""
 
-    count: int
+    copies: int
     numel: int
     width: int
 
     @property
     def bytes(self) -> int:
         """Of all of them."""
-        return self.count * self.numel * self.width
+        return self.copies * self.numel * self.width
 
 
 def stored(shapes: Shapes, job: Job) -> Iterator[Stored]:

@@ -53,8 +53,8 @@ def memory(shapes: Shapes, job: Job, division: Division | None = None) -> dict[s
         gathered = sum(numel for numel in division.sizes if numel <= kept)
         adapters, gradients, masters = part + gathered, part, part
         base = sum(
-            count * width * (_padded(numel, job.world) + (numel if numel <= kept else 0))
-            for count, numel, width in stored(shapes, job)
+            copies * width * (_padded(numel, job.world) + (numel if numel <= kept else 0))
+            for copies, numel, width in stored(shapes, job)
         )
     one = torch.ones(job.world, dtype=torch.int64)
     rows = {

@@ -149,7 +149,7 @@ def deepspeed_traffic(shapes: Shapes, job: Job) -> dict[str, float]:
     large = [each for each in stored(shapes, job) if each.numel > job.persistent]
     large += [Stored(1, numel, job.precision) for numel in sizes if numel > job.persistent]
     small_trained = job.precision * sum(numel for numel in sizes if numel <= job.persistent)
-    elements, bytes_ = (sum(each.count * each.numel for each in large), sum(each.bytes for each in large))
+    elements, bytes_ = (sum(each.copies * each.numel for each in large), sum(each.bytes for each in large))
     # For the forward pass, and again for the backward pass but for what stage3_max_live_parameters keeps.
     again = max(0, elements - MAX_LIVE) / max(1, elements)
     return {"gradients": others * trained, "parameters": others * (bytes_ * (1 + again) + small_trained)}

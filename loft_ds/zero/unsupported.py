@@ -12,12 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ..quantised import wrapped_weights
-
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,15 @@ def _json_autocasts_to_float16(config: dict[str, Any]) -> bool:
     autocast = _section(config, "torch_autocast")
     # The names of DtypeEnum.fp16 (runtime/config.py).
     return autocast.get("enabled") is True and autocast.get("dtype") in ("fp16", "float16", "half", "torch.float16")
+
+
+# --- how it shows in a model
+
+
+def _wrapped_weights(model: nn.Module) -> str:
+    from ..quantised import wrapped_weights  # which imports torch and PEFT
+
+    return wrapped_weights(model)
 
 
 # --- how it shows in an engine
@@ -254,7 +260,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "a base model quantised by torchao or quanto",
         "DeepSpeed 0.19.8 cannot move such weights, with any optimizer; train it without DeepSpeed, or quantise by "
         "bitsandbytes or hqq",
-        in_model=wrapped_weights,
+        in_model=_wrapped_weights,
     ),
     Unsupported(
         "tensor parallelism",

@@ -10,7 +10,11 @@ STAMP := $(VENV)/.installed
 PROCESSES := import torch; print("" if torch.accelerator.is_available() else "--num_accelerators $(RANKS)")
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup train test lint types clean
+# Tests that meet every library: with the oldest releases that pyproject.toml admits, and with the newest there are.
+MEETING := $(addprefix tests/test_,optimizer.py factors.py edges_optimizer.py edges_engine.py trainer.py)
+MOVING := accelerate|deepspeed|peft|transformers
+
+.PHONY: setup train test lint types oldest newest meet clean
 
 setup: $(STAMP)
 
@@ -36,6 +40,20 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(RUN) mypy
+
+oldest:
+	$(MAKE) meet RELEASES=$@ PINS=constraints-oldest.txt
+
+newest:
+	grep -vE '^($(MOVING))==' constraints.txt >$(VENV)-newest.txt
+	$(MAKE) meet RELEASES=$@ PINS=$(VENV)-newest.txt
+
+meet:
+	$(PYTHON) -m venv $(VENV)-$(RELEASES)
+	$(VENV)-$(RELEASES)/bin/python -m pip install -q -c $(PINS) torch
+	$(VENV)-$(RELEASES)/bin/python -m pip install -q -c $(PINS) -e '.[train]' hypothesis pytest
+	$(VENV)-$(RELEASES)/bin/python -m pip list | grep -E '^($(MOVING)|torch) '
+	$(VENV)-$(RELEASES)/bin/python -m pytest -q $(MEETING)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

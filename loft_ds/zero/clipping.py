@@ -23,7 +23,7 @@ class Clipping:
 
     @property
     def said(self) -> bool:
-        """Whether the JSON says a norm, or DeepSpeed fills in its own (1.0 since 0.19.2)."""
+        """Whether the JSON says a norm, or DeepSpeed fills in its own (1.0 since 0.19.3)."""
         return "gradient_clipping" in self.engine._config._param_dict
 
     def take(self) -> float:

@@ -44,7 +44,8 @@ def offload_states(engine: DeepSpeedEngine, include: Collection[str] | None = No
     kinds = set(Kind) if include is None else {Kind(kind) for kind in include}
     kinds = set(engine._refine_include_states(kinds))  # offload_optimizer has some of it there always
     ours = {Kind.optim_states} | ({Kind.hp_params, Kind.lp_params} if partitioned else set())
-    engine.offload_states(include=kinds - ours, pin_memory=pin_memory)
+    on_accelerator = torch.accelerator.is_available()  # without one nothing can be pinned
+    engine.offload_states(include=kinds - ours, pin_memory=pin_memory and on_accelerator)
     if Kind.optim_states in kinds:  # it comes back with the next step, as after a checkpoint
         optimizer.state = {
             name: {kind: at_home(t, t.device) if isinstance(t, Tensor) else t for kind, t in state.items()}
@@ -57,7 +58,7 @@ def offload_states(engine: DeepSpeedEngine, include: Collection[str] | None = No
     if partitioned and Kind.lp_params in kinds:
         for part in _frozen_parts(engine.module):
             part.data = at_home(part.data, part.device)
-    if torch.accelerator.is_available():
+    if on_accelerator:
         torch.accelerator.empty_cache()
 
 

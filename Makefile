@@ -10,11 +10,16 @@ STAMP := $(VENV)/.installed
 PROCESSES := import torch; print("" if torch.accelerator.is_available() else "--num_accelerators $(RANKS)")
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
+# The site in site/; a link that leads nowhere fails.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(RUN) mkdocs build --strict
+
 # Tests that meet every library: with the oldest releases that pyproject.toml admits, and with the newest there are.
 MEETING := $(addprefix tests/test_,optimizer.py factors.py edges_optimizer.py edges_engine.py trainer.py)
 MOVING := accelerate|deepspeed|peft|transformers
 
-.PHONY: setup train test lint types oldest newest meet clean
+.PHONY: setup train test lint types docs oldest newest meet clean
 
 setup: $(STAMP)
 

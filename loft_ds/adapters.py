@@ -189,7 +189,7 @@ def _why_none(model: nn.Module, untreated: dict[str, str]) -> str:
     if untreated:
         kinds = sorted(set(untreated.values()))
         return (
-            f"Its adapters are of kinds LoFT does not treat: {kinds}. The README's table says which LoraConfig it does."
+            f"Its adapters are of kinds LoFT does not treat: {kinds}. docs/settings.md says which LoraConfig it does."
         )
     if any(isinstance(layer, LoraLayer) for layer in model.modules()):
         return (

@@ -77,7 +77,7 @@ class Blocks:
 
     @property
     def bounded(self) -> bool:
-        """Whether no step is longer than AdamW's: momentum and second moment must be of the same gradients."""
+        """Whether no step is longer than AdamW's can be: momentum and second moment must be of the same gradients."""
         return self.projects and self.momentum_calibration == self.second_moment_calibration
 
     def moves_jointly(self, rank: int) -> bool:

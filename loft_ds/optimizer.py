@@ -42,7 +42,7 @@ class LoFTAdamW(Optimizer):
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
         lr: learning rate, of the size that full fine-tuning with AdamW takes. 3e-4 is a good first one at every rank
-            (benchmarks/results/quality.md). torch's default of 1e-3 is mostly too long a step.
+            (docs/results/quality.md). torch's default of 1e-3 is mostly too long a step.
         betas: decay of momentum and second moment.
         eps: AdamW's.
         weight_decay: decoupled, multiplied by the learning rate.

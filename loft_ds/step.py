@@ -7,9 +7,9 @@ yields a question for, and :mod:`.runtime` answers all stacks' questions of a ph
 Both factors are treated alike, as the table in :mod:`.algebra` says: rows ``X`` (k, r) and the partner's scaled rows
 ``T`` (l, r), with an orthonormal basis ``Q = T @ H``. Coordinates are those of ``Q``.
 
-**No step is longer than AdamW's.** The leading factor moves ``W`` by ``U Q Q.T``: AdamW's quotient ``U``, of which no
-number exceeds :func:`.algebra.longest_quotient`, projected on the span of its partner, and a projection lengthens
-nothing. The following one is turned to the leading one *as it has moved*, and moves ``W`` by a projection of its own
+**No step is longer than AdamW's can be.** The leading factor moves ``W`` by ``U Q Q.T``: AdamW's quotient ``U``, of
+which no number exceeds :func:`.algebra.longest_quotient`, projected on the span of its partner, and a projection
+lengthens nothing. The following one is turned to the leading one *as it has moved*, and moves ``W`` by a projection of its own
 quotient, on that span and on what lies outside of the span of its own rows. So the move of ``W`` is the sum of the two,
 with no product of two moves in it, and the two are orthogonal; the second is shortened where both together would be
 longer than a quotient can be. It holds for every gradient, and for every length of the factors.
@@ -197,7 +197,7 @@ def move(x: Side, step: Tensor, decay: float = 0.0) -> None:
 
 
 def within_bound(outer: Tensor, length: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:
-    """What the following factor's step is to be multiplied with (b, 1, 1), so that both are no longer than AdamW's.
+    """What the following factor's step is multiplied with (b, 1, 1), so that both are no longer than AdamW's can be.
 
     Args:
         outer: ``D.T D`` of it, of all rows (b, r, r).

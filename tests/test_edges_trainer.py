@@ -212,7 +212,7 @@ def converted(rank, world, folder, stage):
     ("stage", "expected"), [(0, "TypeError"), (1, ("trained", 0.0)), (2, ("all", 0.0)), (3, ("all", 0.0))]
 )
 def test_zero_to_fp32_reads_the_engines_checkpoints_alone(ranks, tmp_path, stage, expected):
-    """As the README has it."""
+    """As docs/settings.md has it."""
     (of_trainer, of_engine), _ = ranks(2)(converted, tmp_path, stage)
     assert of_trainer == "FileNotFoundError"
     assert of_engine == expected

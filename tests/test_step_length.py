@@ -1,4 +1,4 @@
-"""No step of W is longer than AdamW's, whatever the gradients, and the factors stay fit for 16 bits."""
+"""No step of W is longer than AdamW's can be, whatever the gradients, and the factors stay fit for 16 bits."""
 
 from __future__ import annotations
 

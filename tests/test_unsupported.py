@@ -1,4 +1,4 @@
-"""The table of what LoFT cannot treat: a JSON and an engine reach every row, and the README holds it."""
+"""The table of what LoFT cannot treat: a JSON, a model or an engine reaches every row."""
 
 import re
 import subprocess

@@ -82,7 +82,7 @@ def find_engine_refusal(engine: DeepSpeedEngine) -> str | None:
 
 
 def format_table() -> str:
-    """The table as Markdown, as it stands in the README."""
+    """The table as Markdown, as it stands in docs/troubleshooting.md."""
     lines = ["| raises | seen in | what to do |", "| --- | --- | --- |"]
     for row in UNSUPPORTED:
         places = {"JSON": row.in_json, "model": row.in_model, "engine": row.in_engine}

@@ -9,10 +9,10 @@ Both factors are treated alike, as the table in :mod:`.algebra` says: rows ``X``
 
 **No step is longer than AdamW's can be.** The leading factor moves ``W`` by ``U Q Q.T``: AdamW's quotient ``U``, of
 which no number exceeds :func:`.algebra.longest_quotient`, projected on the span of its partner, and a projection
-lengthens nothing. The following one is turned to the leading one *as it has moved*, and moves ``W`` by a projection of its own
-quotient, on that span and on what lies outside of the span of its own rows. So the move of ``W`` is the sum of the two,
-with no product of two moves in it, and the two are orthogonal; the second is shortened where both together would be
-longer than a quotient can be. It holds for every gradient, and for every length of the factors.
+lengthens nothing. The following one is turned to the leading one *as it has moved*, and moves ``W`` by a projection of
+its own quotient, on that span and on what lies outside of the span of its own rows. So the move of ``W`` is the sum of
+the two, with no product of two moves in it, and the two are orthogonal; the second is shortened where both together
+would be longer than a quotient can be. It holds for every gradient, and for every length of the factors.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -174,6 +175,48 @@ def test_the_obvious_call():
 
 
 # --- what DeepSpeed keeps silent about ---
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+def test_factors_of_16_bits_are_warned_of_once(dtype, said):
+    """As TRL's SFTTrainer makes them on a base in 4 bits: without float32 masters small steps are lost."""
+    model = odd_model(dtype)
+    optimizer = LoFTAdamW(model, lr=1e-3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(2):
+            x, y = batch(step, dtype=dtype)
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+    found = [str(w.message) for w in seen if "Cast the adapters to float32" in str(w.message)]
+    assert len(found) == said
+    assert all("lora_A.default.weight first" in each for each in found)
+
+
+def half_under_deepspeed(rank, world, stage):
+    """The warnings of two steps in bfloat16 where DeepSpeed keeps float32 masters."""
+    import deepspeed
+
+    model = odd_model()
+    config = {
+        "train_micro_batch_size_per_gpu": 12,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model), config=config)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(2):
+            x, y = batch(step, dtype=torch.bfloat16)
+            engine.backward((engine(x) - y).square().mean())
+            engine.step()
+    return [str(w.message) for w in seen if "Cast the adapters" in str(w.message)]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_masters_of_deepspeed_are_float32(ranks, stage):
+    assert ranks(1)(half_under_deepspeed, stage) == [[]]
 
 
 def without_gradients(rank, world, stage, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -120,10 +121,22 @@ class Attachment:
 
     def stepped(self, norm: Tensor) -> None:
         """A step was taken: from now on the layout stays, and DeepSpeed's reports show LoFT's norm."""
+        if not self._settled and self._clipping is None:
+            self._warn_of_half_precision()
         self._settled = True
         self._arrivals = None if self._arrivals is None else 0
         if self._clipping is not None:
             self._clipping.report(norm)
+
+    def _warn_of_half_precision(self) -> None:
+        halves = [name for name, p in self._trainable.parameters.items() if p.dtype.itemsize == 2]
+        if halves:
+            warnings.warn(
+                f"{len(halves)} trained parameters have 16 bits, {halves[0]} first, and nothing keeps them in more: "
+                "small steps are lost in their rounding. Cast the adapters to float32 (p.data = p.data.float()), or "
+                "train under DeepSpeed, which keeps float32 masters.",
+                stacklevel=2,
+            )
 
     def watch_no_more(self) -> None:
         """Another optimizer watches these parameters from now on."""

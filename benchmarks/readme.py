@@ -23,7 +23,7 @@ TASKS = {
     "reviews": "MiniLM on film reviews",
 }
 RANKS = (1, 2, 16)
-MODELS, ADAPTERS, GPU, WIRE = ("Llama-3-8B", "Llama-3-70B"), (16, 64), "H100", "ndr400"
+MODELS, ADAPTERS, GPU, WIRE = ("Mistral-7B", "Llama-3-70B"), (16, 64), "H100", "ndr400"
 
 
 def results() -> str:

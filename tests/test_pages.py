@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_helpers import ROOT
+
+ROOT = Path(__file__).parent.parent
 
 BLOCK = re.compile(
     r"<!-- python (?P<command>[^\n]+?) -->\n(?:```text\n)?(?P<text>.*?)(?:```\n)?<!-- end -->", re.DOTALL

@@ -60,6 +60,7 @@ class LoFTAdamW(Optimizer):
             ``betas`` or ``eps`` of their own. Together they must be the model's trainable parameters.
 
     Raises:
+        TypeError: parameters in place of a model.
         ValueError: a setting out of range; a model without a LoRA pair that LoFT can treat; groups that are not the
             model's trainable parameters.
     """
@@ -90,6 +91,11 @@ class LoFTAdamW(Optimizer):
             )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"LoFTAdamW is built from the model, not from {type(model).__name__}: it reads each pair's layer. "
+                "Where DeepSpeed is to build it, pass optimizer=lambda params: LoFTAdamW(model, params=params)."
+            )
         self.model = model
         self.trainable = find_trainable(model)
         self._four_bit_layers = four_bit_layers(model)

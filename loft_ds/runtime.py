@@ -14,7 +14,7 @@ from . import algebra, kernels
 from .blocks import Blocks
 from .factors import Factor, Trainable
 from .pairs import Pairs, Side, State, most_pairs, pieces, side_at_start, side_from, state_of
-from .sharding import Layout, Rows, Share, Slice, compute_dtype
+from .sharding import HALF_A_PAIR, Layout, Rows, Share, Slice, Whole, compute_dtype
 from .step import Partner, Phase, Step, loft_step
 
 NO_GRADIENT = (
@@ -22,6 +22,11 @@ NO_GRADIENT = (
     "computed, check that the adapters which the optimizer was built for are active and take part in it: for others "
     "build it, and the engine, anew. Gradient checkpointing passes none on to adapters behind frozen embeddings, "
     "unless it has use_reentrant=False or enable_input_require_grads() was called."
+)
+
+STALE_GRADIENT = (
+    "no gradient of {} came to any rank in this step, and DeepSpeed's ZeRO 3 hands over its last one again, with any "
+    "optimizer. Let every pair take part in each step, or use stage 2, which hands over zeros."
 )
 
 
@@ -76,6 +81,7 @@ class Runtime:
         self._others: dict[str, Moments] = {}
         self._loaded: dict[str, State] = {}  # until the first step says which rows are this rank's
         self._order = {a: i for i, (a, _) in enumerate(trainable.pairs)}
+        self._partook: set[Factor] = set()  # factors A of pairs that have had a gradient
 
     @property
     def state(self) -> dict[str, State]:
@@ -99,7 +105,7 @@ class Runtime:
             return kernels.at_home(tensor, device)
         return tensor.to(device)
 
-    def take_step(self, layout: Layout, max_grad_norm: float | None, arrivals: int | None = None) -> Tensor:
+    def take_step(self, layout: Layout, max_grad_norm: float | None, arrivals: Sequence[int] | None = None) -> Tensor:
         """Move all that is trained by one step, and give the norm before clipping, a float64 scalar.
 
         A collective.
@@ -107,10 +113,11 @@ class Runtime:
         Args:
             layout: where this rank's rows lie.
             max_grad_norm: the norm to clip to; None for no clipping.
-            arrivals: how many gradients of pairs came to this rank, where zeros stand for those that did not come.
+            arrivals: how many gradients of each factor came to this rank, where zeros stand for those that did not
+                come; None where these are not in what the layout reads.
 
         Raises:
-            RuntimeError: no pair has a gradient, or one that is not finite.
+            RuntimeError: no pair has a gradient, one has half of it, an old one, or one that is not finite.
         """
         share = layout.read()
         if not share.rows:
@@ -118,7 +125,7 @@ class Runtime:
         stacks = self._stacks_of(share.rows, layout)
         before = [stack.step for stack in stacks]
         try:
-            return self._step(stacks, share, layout, max_grad_norm, len(share.rows) if arrivals is None else arrivals)
+            return self._step(stacks, share, layout, max_grad_norm, arrivals)
         except Exception:  # a step that failed is none
             for stack, step in zip(stacks, before, strict=True):
                 stack.step = step
@@ -129,7 +136,12 @@ class Runtime:
                     side.release()
 
     def _step(
-        self, stacks: Sequence[Pairs], share: Share, layout: Layout, max_grad_norm: float | None, arrivals: int
+        self,
+        stacks: Sequence[Pairs],
+        share: Share,
+        layout: Layout,
+        max_grad_norm: float | None,
+        arrivals: Sequence[int] | None,
     ) -> Tensor:
         running = []
         for stack in stacks:
@@ -283,11 +295,13 @@ class Runtime:
         for each, part in zip(group, parts, strict=True):
             each.answer(part)
 
-    def _norm(self, running: Sequence[_Running], share: Share, layout: Layout, arrivals: int) -> Tensor:
+    def _norm(
+        self, running: Sequence[_Running], share: Share, layout: Layout, arrivals: Sequence[int] | None
+    ) -> Tensor:
         """The norm over all ranks: of pairs what they say, of all else the gradients.
 
         Raises:
-            RuntimeError: no gradient of a pair has come to any rank.
+            RuntimeError: gradients that did not come, to any rank.
         """
         device = next(iter(share.rows.values())).values.device
 
@@ -305,10 +319,37 @@ class Runtime:
             if each.question[1] is not None
         ]
         twice = square([inner / sharers**0.5 if sharers > 1 else inner for inner, sharers in alike])
-        sums = layout.all_reduce(torch.stack([own - twice, torch.full_like(own, arrivals)]))
-        if not arrivals and not bool(sums[1] > 0):  # asked only where none came, because the answer is waited for
-            raise RuntimeError(NO_GRADIENT)
+        came = torch.tensor(arrivals or (), dtype=torch.float64).to(device, non_blocking=True)
+        sums = layout.all_reduce(torch.cat([(own - twice)[None], came]))
+        if arrivals is not None:
+            self._check_arrivals(arrivals, sums[1:], share, layout)
         return sums[0].clamp_min(0).sqrt()  # of nothing but rounding it may be below zero
+
+    def _check_arrivals(self, here: Sequence[int], everywhere: Tensor, share: Share, layout: Layout) -> None:
+        """Refuse what DeepSpeed puts in place of gradients that came to no rank, where it is not as if they were zero.
+
+        Args:
+            here: how many came of each factor, to this rank.
+            everywhere: the same of all ranks that share the rows; where every rank has all rows, of this one.
+            share: what is read.
+            layout: from where.
+        """
+        counts: Sequence[float] = here
+        if 0 in here:  # only then: the sum is waited for
+            counts = everywhere.tolist()
+            # Where every rank has all rows nobody has counted the others' arrivals, but their gradients are in these.
+            others = isinstance(layout, Whole) and any(bool(rows.grad.any()) for rows in share.rows.values())
+            if not any(counts) and not others:
+                raise RuntimeError(NO_GRADIENT)
+        number = {factor: i for i, factor in enumerate(self.trainable.factors)}
+        for a, b in self.trainable.pairs:
+            of_a, of_b = counts[number[a]], counts[number[b]]
+            if (of_a > 0) != (of_b > 0):
+                raise RuntimeError(HALF_A_PAIR.format(a.name, b.name))
+            if layout.repeats_gradients and not of_a and a in self._partook:
+                raise RuntimeError(STALE_GRADIENT.format(a.name))
+            if of_a:
+                self._partook.add(a)
 
     def _gather(self, running: Sequence[_Running], phase: Phase, moving: Sequence[Factor], layout: Layout) -> None:
         """Answer with whole partners, bucket by bucket: never are all of them here at once."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import batch, odd_model, trained
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from loft_ds import LoFTAdamW, offload_states, reload_states
+from loft_ds import CheckpointError, LoFTAdamW, offload_states, reload_states, save_checkpoint
 
 PARTS = ("optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_buffer")
 
@@ -95,6 +96,145 @@ def train_one_of_two(rank: int, world: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_flat_loss_and_another_optimizer_do_not_stop_it(ranks, stage):
     ranks(2)(train_one_of_two, stage)
+
+
+# --- gradients that do not come
+
+
+class Branches(torch.nn.Module):
+    """Two layers of which a loss may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(7, 3), torch.nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, use: str) -> Tensor:
+        return sum(getattr(self, name)(x) for name in use)
+
+
+def use_branches(rank: int, world: int, stage: int, uses: list[str]) -> str:
+    """What training says that uses these branches in its steps; where it goes on, that it is as with zeros."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(get_peft_model(Branches(), LoraConfig(r=2, target_modules=["a", "b"])))
+    # A large eps: AdamW's first quotients are signs, of rounding too. DeepSpeed clips at 1.0 where nothing is said.
+    engine = engine_of(models[0], stage, world, eps=0.03)
+    alone = LoFTAdamW(models[1], lr=1e-2, eps=0.03, max_grad_norm=1.0)
+    for step, use in enumerate(uses):
+        x, y = batch(step)
+        try:
+            engine.backward(engine(x.chunk(world)[rank], use).sub(y.chunk(world)[rank]).square().mean())
+            engine.step()
+        except RuntimeError as error:
+            return str(error)
+        parts = [models[1](x.chunk(world)[r], use) - y.chunk(world)[r] for r in range(world)]
+        (sum(part.square().mean() for part in parts) / world).backward()
+        for p in trained(models[1]).values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        alone.step()
+        alone.zero_grad()
+    wanted = trained(models[1])
+    for name, p in trained(engine.module).items():
+        if stage < 3:
+            torch.testing.assert_close(p, wanted[name], rtol=1e-4, atol=1e-6)  # float32, summed in another order
+    return "as with zeros"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_pair_without_a_gradient_gets_zeros(ranks, stage):
+    assert set(ranks(2)(use_branches, stage, ["ab", "a", "a", "ab"])) == {"as with zeros"}
+
+
+def test_an_old_gradient_at_stage_3_is_refused(ranks):
+    """A pair that never had one has zeros there too."""
+    assert set(ranks(2)(use_branches, 3, ["a", "a", "ab"])) == {"as with zeros"}
+    for said in ranks(2)(use_branches, 3, ["ab", "a"]):
+        assert said.startswith("no gradient of base_model.model.b.lora_A.default.weight came to any rank")
+        assert "use stage 2" in said
+
+
+def freeze_half(rank: int, world: int, stage: int) -> str:
+    engine = engine_of(odd_model(), stage, world)
+    take_step(engine, 0, rank, world)
+    next(p for name, p in engine.module.named_parameters() if "2.lora_A" in name).requires_grad_(False)
+    with pytest.raises(RuntimeError) as stopped:
+        take_step(engine, 1, rank, world)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_pair_that_is_frozen_by_half_is_refused(ranks, stage):
+    for said in ranks(2)(freeze_half, stage):
+        assert "2.lora_A.default.weight and base_model.model.2.lora_B.default.weight only one has a gradient" in said
+
+
+# --- the engine itself
+
+
+def hide(rank: int, world: int, stage: int) -> float:
+    """The norm that a step is clipped by under an engine which gc.freeze() has hidden."""
+    import gc
+
+    import deepspeed
+
+    model = odd_model()
+    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.05}
+    optimizer = LoFTAdamW(model, lr=1e-2)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config={**settings, "zero_optimization": {"stage": stage}}
+    )
+    gc.freeze()
+    try:
+        take_step(engine, 0, rank, world)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    return optimizer.max_grad_norm
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_engine_is_found_that_gc_has_frozen(ranks, stage):
+    assert ranks(2)(hide, stage) == [0.05, 0.05]
+
+
+def built_by_deepspeed(rank: int, world: int, stage: int) -> None:
+    import deepspeed
+
+    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
+    settings["zero_optimization"] = {"stage": stage}
+    with pytest.raises(TypeError, match=r"LoFTAdamW is built from the model, not from list.*lambda params"):
+        deepspeed.initialize(model=odd_model(), optimizer=LoFTAdamW, config=settings)
+    model = odd_model()
+    parameters = list(trained(model).values())
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameters,
+        optimizer=lambda params: LoFTAdamW(model, lr=1e-2, params=params),
+        config=settings,
+    )
+    other = engine_of(odd_model(), stage, world)
+    for step in range(2):
+        take_step(engine, step, rank, world)
+        take_step(other, step, rank, world)
+    wanted = weights(other)
+    assert all(torch.equal(now, wanted[name]) for name, now in weights(engine).items())
+
+
+def test_deepspeed_builds_it_from_a_function(ranks):
+    ranks(2)(built_by_deepspeed, 2)
+
+
+def save_apart(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(odd_model(), 0, world)
+    take_step(engine, 0, rank, world)
+    with pytest.raises(CheckpointError, match=r"under different tags, tag0, tag1"):
+        save_checkpoint(engine, folder, f"tag{rank}")
+    assert not list(Path(folder).iterdir())
+
+
+def test_ranks_that_save_under_different_tags_are_stopped(ranks, tmp_path):
+    ranks(2)(save_apart, str(tmp_path))
 
 
 # --- parked

@@ -31,6 +31,7 @@ JSON = {
     "ZeRO for tested optimizers alone": {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": False},
     "DeepSpeedCPUAdam": {**offloading(), "zero_force_ds_cpu_optimizer": True},
     "tensor parallelism": {"tensor_parallel": {"autotp_size": 2}},
+    "master weights in 16 bits": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
     "torch_autocast in float16": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
     'offload_optimizer.device "nvme"': offloading(2, device="nvme"),
     "offload_optimizer.super_offload and a ratio below 1 at stage 3": offloading(super_offload=True),
@@ -59,6 +60,14 @@ def loft():
     return LoFTAdamW(odd_model())
 
 
+def precision(*, bf16=False, fp16=False):
+    """Whether masters are in 16 bits, as an engine's settings say it."""
+    return SimpleNamespace(
+        bfloat16_config=SimpleNamespace(bf16_master_weights_and_grads=bf16),
+        float16_config=SimpleNamespace(fp16_master_weights_and_grads=fp16),
+    )
+
+
 def fake(loft, wrapper=None, *, engine=None, offload=None, **changed):
     """As much of an engine as the table looks at; ``wrapper`` None is LoFT's optimizer itself."""
     engine = SimpleNamespace() if engine is None else engine
@@ -67,6 +76,7 @@ def fake(loft, wrapper=None, *, engine=None, offload=None, **changed):
         optimizer=loft if wrapper is None else wrapper,
         module=loft,
         mpu=None,
+        _config=precision(),
         torch_autocast_z0_gradscaler=None,
         autotp_size=lambda: 0,
         zenflow_config=lambda: None,
@@ -113,6 +123,10 @@ ENGINES = {
     "tensor parallelism": [
         lambda loft: fake(loft, autotp_size=lambda: 2),
         lambda loft: fake(loft, at_stage3("all"), mpu=ranks_of_tensors(2)),
+    ],
+    "master weights in 16 bits": [
+        lambda loft: fake(loft, _config=precision(bf16=True)),
+        lambda loft: fake(loft, _config=precision(fp16=True)),
     ],
     "torch_autocast in float16": [
         lambda loft: fake(loft, torch_autocast_z0_gradscaler=object()),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import uncompiled
+from ..errors import CheckpointError
 from ..optimizer import LoFTAdamW
 from ..ranks import all_gather, first_rank, together
 from ..sharding import Layout
@@ -35,11 +36,14 @@ def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, 
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, if a file cannot be written, naming it; the checkpoint before is still the last.
+        CheckpointError: on every rank, if a file cannot be written, naming it, or if the ranks give different tags; the
+            checkpoint before is still the last.
     """
     optimizer, layout, engine = attached(target)
     directory = Path(directory)
     tag = tag or f"global_step{_steps(optimizer)}"
+    if len(tags := sorted(set(all_gather(tag)))) > 1:
+        raise CheckpointError(f"{directory}: the ranks would save under different tags, {', '.join(tags)}")
     final, beside = directory / tag, directory / f".{tag}.partial"
     with together():
         if first_rank():

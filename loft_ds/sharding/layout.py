@@ -14,6 +14,11 @@ from ..factors import Factor, shape_of
 
 Group = dict[str, Any]
 
+HALF_A_PAIR = (
+    "of {} and {} only one has a gradient: LoFT moves a pair as one matrix. Freeze both or neither, and build the "
+    "optimizer anew."
+)
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 parameters, float32 for all narrower ones."""
@@ -72,6 +77,7 @@ class Layout(ABC):
 
     world: int = 1  # the ranks that the rows are spread over
     rank: int = 0  # this one among them
+    repeats_gradients: bool = False  # whether a parameter without a gradient gets its last one again
 
     @abstractmethod
     def held(self, param: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -185,8 +191,9 @@ class Whole(Layout):
             if id(master) not in self._groups or master.shape != shape_of(param):
                 raise RuntimeError(
                     f"{name} is not in the optimizer's parameter groups as it was at construction: something rebuilt "
-                    "or sharded it (FSDP, a tensor-parallel plan, a changed param_groups). LoFTAdamW knows plain "
-                    "torch, DDP and DeepSpeed ZeRO stages 0 to 3."
+                    "or sharded it (FSDP, a tensor-parallel plan, a changed param_groups, deepspeed.initialize after a "
+                    "step without). LoFTAdamW knows plain torch, DDP and DeepSpeed ZeRO stages 0 to 3, one of them a "
+                    "run: build it anew for another."
                 )
         return True
 
@@ -199,10 +206,7 @@ class Whole(Layout):
                 # gradient with zeros, so there its moments decay and it moves on, as under DeepSpeed's Adam.)
                 continue
             if master.grad is None or partner.grad is None:
-                raise RuntimeError(
-                    f"of {factor.name} and {factor.partner.name} only one has a gradient: LoFT moves a pair as one "
-                    "matrix. Freeze both or neither, and build the optimizer anew."
-                )
+                raise RuntimeError(HALF_A_PAIR.format(factor.name, factor.partner.name))
             dtype = compute_dtype(master)
             grad = master.grad.to(dtype)
             values = factor.rows_of(master.detach()).to(dtype)

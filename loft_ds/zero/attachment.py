@@ -40,8 +40,8 @@ class Attachment:
         self._layout: Layout | None = None
         self._clipping: Clipping | None = None
         self._arrived: set[int] = set()
-        self._of_pairs = {id(f.param) for f in trainable.factors}
-        self._arrivals: int | None = 0
+        self._numbers = {id(f.param): i for i, f in enumerate(trainable.factors)}
+        self._arrivals: list[int] | None = [0] * len(self._numbers)
         self._rehearsed = False
         self._settled = False
         watch = _Watch(optimizer, self)
@@ -49,8 +49,8 @@ class Attachment:
             watch.over(p)
 
     @property
-    def arrivals(self) -> int | None:
-        """How many gradients of pairs have come since the last step, on this rank.
+    def arrivals(self) -> list[int] | None:
+        """How many gradients of each factor have come since the last step, on this rank.
 
         DeepSpeed fills in zeros where there is none. None where that is not so, as in plain torch, and where another
         optimizer has been built since then and watches instead.
@@ -76,11 +76,12 @@ class Attachment:
     def on_gradient(self, optimizer: LoFTAdamW, param: Tensor) -> None:
         """Take DeepSpeed's clipping over when a gradient arrives: before the first step would clip.
 
-        Until the first step every backward pass looks anew: one may come before ``deepspeed.initialize``.
+        Until an engine is found or a step is taken every backward pass looks anew: one may come before
+        ``deepspeed.initialize``. (It looks at all Python objects, which takes a while.)
         """
-        if self._arrivals is not None and id(param) in self._of_pairs:
-            self._arrivals += 1
-        if not self._settled:
+        if self._arrivals is not None and (number := self._numbers.get(id(param))) is not None:
+            self._arrivals[number] += 1
+        if not self._settled and self._clipping is None:
             if not self._arrived or id(param) in self._arrived:
                 self._arrived.clear()
                 self._layout = None
@@ -124,7 +125,7 @@ class Attachment:
         if not self._settled and self._clipping is None:
             self._warn_of_half_precision()
         self._settled = True
-        self._arrivals = None if self._arrivals is None else 0
+        self._arrivals = None if self._arrivals is None else [0] * len(self._numbers)
         if self._clipping is not None:
             self._clipping.report(norm)
 

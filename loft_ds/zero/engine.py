@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def _engines() -> list[DeepSpeedEngine]:
-    """The live engines of this process. DeepSpeed keeps no registry and gives its optimizer no way back to it."""
+def _engines(*, frozen: bool = False) -> list[DeepSpeedEngine]:
+    """The live engines of this process. DeepSpeed keeps no registry and gives its optimizer no way back to it.
+
+    Args:
+        frozen: also those that ``gc.freeze()`` has hidden; all there is is frozen then.
+    """
     if "deepspeed" not in sys.modules:
         return []
     from deepspeed import DeepSpeedEngine
 
+    if frozen:
+        gc.unfreeze()
     # By type(), not isinstance: proxies among the tracked objects answer __class__ with an exception.
     engines = [o for o in gc.get_objects() if issubclass(type(o), DeepSpeedEngine)]
+    if frozen:
+        gc.freeze()
     return [e for e in engines if getattr(e, "basic_optimizer", None) is not None]  # others only evaluate
 
 
@@ -40,6 +48,8 @@ def find_engine(optimizer: Optimizer | None, trainable: Trainable) -> DeepSpeedE
             is an earlier run's, still referenced: that optimizer no longer gets any gradient.)
     """
     engines = _engines()
+    if gc.get_freeze_count() and not any(engine.basic_optimizer is optimizer for engine in engines):
+        engines = _engines(frozen=True)
     for engine in engines:
         if engine.basic_optimizer is optimizer:
             return engine

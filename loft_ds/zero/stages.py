@@ -169,4 +169,6 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
             wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
-    return _sharded(trainable, held, flats, group, publish, refresh)
+    layout = _sharded(trainable, held, flats, group, publish, refresh)
+    layout.repeats_gradients = True  # averaged_gradients are views of a buffer that nobody clears
+    return layout

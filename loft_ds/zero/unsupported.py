@@ -127,6 +127,10 @@ def _json_scales_at_stage0(config: dict[str, Any]) -> bool:
     return _stage(config) == 0 and fp16.get("enabled") is True and fp16.get("loss_scale") != 1
 
 
+def _json_has_half_masters(config: dict[str, Any]) -> bool:
+    return any(_section(config, kind).get(f"{kind}_master_weights_and_grads") is True for kind in ("bf16", "fp16"))
+
+
 def _json_autocasts_to_float16(config: dict[str, Any]) -> bool:
     autocast = _section(config, "torch_autocast")
     # The names of DtypeEnum.fp16 (runtime/config.py).
@@ -169,6 +173,13 @@ def _engine_cuts_tensors(engine: DeepSpeedEngine) -> bool:
     mpu = engine.mpu
     return (
         mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and mpu.get_model_parallel_world_size() > 1
+    )
+
+
+def _engine_has_half_masters(engine: DeepSpeedEngine) -> bool:
+    config = engine._config
+    return bool(config.bfloat16_config.bf16_master_weights_and_grads) or bool(
+        config.float16_config.fp16_master_weights_and_grads
     )
 
 
@@ -267,6 +278,12 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "use data parallelism alone (no mpu, tensor_parallel.autotp_size 1)",
         in_json=lambda config: _section(config, "tensor_parallel").get("autotp_size", 0) > 1,
         in_engine=_engine_cuts_tensors,
+    ),
+    Unsupported(
+        "master weights in 16 bits",
+        "it needs float32 ones; leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out",
+        in_json=_json_has_half_masters,
+        in_engine=_engine_has_half_masters,
     ),
     Unsupported(
         "torch_autocast in float16",

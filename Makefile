@@ -19,7 +19,7 @@ docs: $(STAMP)
 MEETING := $(addprefix tests/test_,optimizer.py factors.py edges_optimizer.py edges_engine.py trainer.py)
 MOVING := accelerate|deepspeed|peft|transformers
 
-.PHONY: setup train test lint types docs oldest newest meet clean
+.PHONY: setup train test rehearse study-quick lint types docs oldest newest meet clean
 
 setup: $(STAMP)
 
@@ -36,8 +36,16 @@ $(STAMP): pyproject.toml constraints.txt launch/assets.txt benchmarks/assets.txt
 train: $(STAMP)
 	$(RUN) deepspeed $$($(BIN)/python -c '$(PROCESSES)') launch/train.py $(ARGS)
 
+# Two tests at a time; those that need launchers' real parts, time-outs or every compilation are `make rehearse`, and the
+# benchmarks and studies from end to end `make study-quick`. Both take their files one after the other.
 test: lint types
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n 2 --dist loadfile
+
+rehearse: $(STAMP)
+	$(RUN) python -m pytest -m rehearse
+
+study-quick: $(STAMP)
+	$(RUN) python -m pytest -m study
 
 lint: $(STAMP)
 	$(RUN) ruff check .

@@ -1,5 +1,6 @@
 """What the tests share: pools of ranks, and one thread a process so that two cores hold several of them."""
 
+import gc
 import os
 import subprocess
 
@@ -7,9 +8,12 @@ import subprocess
 # DS_ACCELERATOR=cuda pytest tests/test_kernels_fused.py tests/test_sharded.py
 if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Triton decides when it is imported, and PEFT imports it. Its interpreter runs the kernels where there is no GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +21,25 @@ import torch
 from ranks import Ranks
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage need look through it again."""
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each file took, and how many tests it has, the longest first."""
+    reports = [r for each in terminalreporter.stats.values() for r in each if isinstance(r, pytest.TestReport)]
+    seconds, tests = Counter(), Counter()
+    for report in reports:
+        file = report.nodeid.partition("::")[0]
+        seconds[file] += report.duration
+        tests[file] += report.when == "call"
+    if len(seconds) > 1:
+        terminalreporter.section("seconds and tests of each file")
+        for file, total in seconds.most_common():
+            terminalreporter.write_line(f"{total:7.1f} {tests[file]:4d} {file}")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import socket
@@ -11,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from logs import read_log
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "ds_configs"
@@ -62,15 +66,27 @@ def fill_disk(disk: Path) -> Path:
             return filler
 
 
+# Below those that the kernel gives to outgoing connections, of which one could take a port before its job listens; and
+# each process tries them in another order.
+PORTS = itertools.cycle(random.sample(range(10_000, 30_000), 20_000))
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("PORTS never end")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of every step of a run of launch/train.py, over all its restarts."""
+    return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}
 
 
 def train_configs(rank: int, world_size: int, port: int, flags: list[str], configs: list[str], out: str) -> None:
-    """One rank of ``launch/train.py`` under each config in turn; ``torch.multiprocessing.spawn`` calls it."""
+    """One rank of ``launch/train.py`` under each config in turn; ``torch.multiprocessing`` starts it."""
     from accelerate.state import AcceleratorState, PartialState
 
     import train  # launch/train.py, in the child: importing starts no process group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,9 +13,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# Importing torch and deepspeed takes 10 s; the fork server does it once for all pools.
+# Importing torch and deepspeed takes 10 s; the fork server does it once for all pools. The last is what a first engine
+# imports, and torch's compiler with it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "peft", "loft_ds"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "deepspeed", "transformers", "peft", "loft_ds", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 class Ranks:
@@ -36,8 +40,8 @@ class Ranks:
         """What ``function(rank, world, *args, **kwargs)`` returns on each rank.
 
         Raises:
-            RuntimeError: with the traceback of the first rank that failed. The pool is then closed: the others may
-                be waiting in a collective.
+            RuntimeError: with the traceback of the first rank that failed, and which one died if one did. The pool is
+                then closed: the others may be waiting in a collective.
         """
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
@@ -53,11 +57,17 @@ class Ranks:
                 try:
                     failure, results[rank] = pipe.recv()
                 except EOFError:
-                    failure = f"rank {rank} died"
+                    failure = "its pipe is closed"
                 if failure:
+                    dead = self._dead()
                     self.close()
-                    raise RuntimeError(failure)
+                    raise RuntimeError("\n".join([*dead, failure]))
         return [results[rank] for rank in range(self.world)]
+
+    def _dead(self) -> list[str]:
+        """Who died. Another rank's collective may fail a moment before the death itself is seen here."""
+        multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=1)
+        return [f"rank {rank} died" for rank, process in enumerate(self._processes) if not process.is_alive()]
 
     @property
     def alive(self) -> bool:
@@ -94,6 +104,9 @@ def _serve(rank: int, world: int, store: str, pipe: multiprocessing.connection.C
         rank=rank,
         world_size=world,
     )
+    # What has been imported stays. DeepSpeed collects garbage for every engine and LoFT looks for its own among all
+    # objects: with those of torch and transformers among them either takes longer than a test's training.
+    gc.freeze()
     while True:
         try:
             function, args, kwargs = pipe.recv()

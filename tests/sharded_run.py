@@ -1,15 +1,20 @@
-"""What the ranks run: one tiny training under DeepSpeed, and the same in plain torch."""
+"""One tiny training: the loop under DeepSpeed that all tests share, and the same in plain torch."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from models import batch, in_coordinates, moments, odd_model, trained, two_groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from loft_ds import LoFTAdamW
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass
@@ -28,14 +33,57 @@ class Outcome:
     elements: dict[str, int] = field(default_factory=dict)  # of the state, by kind
 
 
-def train_plain(
-    steps: int, *, rank: int = 3, grouped: bool = False, accumulation: int = 1, zero_b: bool = False, **kwargs: Any
-) -> Outcome:
-    """One process, no DeepSpeed: what every sharded run must equal."""
-    model = odd_model(rank=rank, zero_b=zero_b)
-    optimizer = LoFTAdamW(model, lr=1e-3, params=two_groups(model) if grouped else None, **kwargs)
+def start_engine(
+    model: nn.Module, optimizer: Any, world: int, stage: int, *, scheduler: Any = None, **config: Any
+) -> DeepSpeedEngine:
+    """DeepSpeed's engine for global batches of 12 on ``world`` ranks; what ``zero_optimization`` says goes with the
+    stage."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 12 // world,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+        "zero_optimization": {"stage": stage, **config.get("zero_optimization", {})},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, lr_scheduler=scheduler)
+    return engine
+
+
+def train_engine(
+    engine: DeepSpeedEngine,
+    rank: int,
+    world: int,
+    steps: Iterable[int],
+    *,
+    accumulation: int = 1,
+    blow_up_at: int | None = None,
+) -> tuple[list[float], list[float]]:
+    """This rank's part of each step's global batch: norms and losses. In step ``blow_up_at`` rank 0's gradients
+    overflow."""
+    dtype = next(engine.module.parameters()).dtype
+    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
     norms, losses = [], []
-    for step in range(steps):
+    for step in steps:
+        for micro in range(accumulation):
+            x, y = (t[part].to(engine.device) for t in batch(step * accumulation + micro))
+            loss = (engine(x.to(dtype)).float() - y).square().mean()
+            if step == blow_up_at and rank == 0:
+                loss = loss * 1e9
+            engine.backward(loss)
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+        losses.append(loss.item())
+    return norms, losses
+
+
+def train_alone(
+    model: nn.Module, optimizer: LoFTAdamW, steps: Iterable[int], *, accumulation: int = 1
+) -> tuple[list[float], list[float]]:
+    """The same in one process without DeepSpeed."""
+    norms, losses = [], []
+    for step in steps:
         for micro in range(accumulation):
             x, y = batch(step * accumulation + micro)
             loss = (model(x) - y).square().mean()
@@ -44,15 +92,41 @@ def train_plain(
         optimizer.zero_grad()
         norms.append(optimizer.grad_norm)
         losses.append(loss.item())
+    return norms, losses
+
+
+def gathered(model: nn.Module, stage: int) -> dict[str, Tensor]:
+    """Every trained parameter, whole and in float32; all ranks call it."""
+    import deepspeed
+
+    params = {}
+    for name, p in trained(model).items():
+        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+            params[name] = p.detach().float().cpu().clone()
+    return params
+
+
+def train_plain(
+    steps: int, *, rank: int = 3, grouped: bool = False, accumulation: int = 1, zero_b: bool = False, **kwargs: Any
+) -> Outcome:
+    """One process, no DeepSpeed: what every sharded run must equal."""
+    model = odd_model(rank=rank, zero_b=zero_b)
+    optimizer = LoFTAdamW(model, lr=1e-3, params=two_groups(model) if grouped else None, **kwargs)
+    norms, losses = train_alone(model, optimizer, range(steps), accumulation=accumulation)
     params = {name: p.detach().clone() for name, p in trained(model).items()}
     return Outcome(params, moments(optimizer), norms, losses)
 
 
-def train_sharded(
+def train_sharded(rank: int, world: int, stage: int, steps: int, **kwargs: Any) -> Outcome:
+    """The same training on ``world`` ranks."""
+    return watch_sharded(rank, world, stage, (steps,), **kwargs)[0]
+
+
+def watch_sharded(
     rank: int,
     world: int,
     stage: int,
-    steps: int,
+    after: Sequence[int],
     *,
     lora_rank: int = 3,
     grouped: bool = False,
@@ -64,9 +138,8 @@ def train_sharded(
     blow_up_at: int | None = None,
     zero_b: bool = False,
     **kwargs: Any,
-) -> Outcome:
-    """The same training on ``world`` ranks. In step ``blow_up_at`` rank 0's gradients overflow."""
-    import deepspeed
+) -> list[Outcome]:
+    """One training, and what it is after so many steps each."""
     from deepspeed.accelerator import get_accelerator
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -74,36 +147,27 @@ def train_sharded(
         get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed's CPU accelerator says no, torch's kernels can
     model = odd_model(rank=lora_rank, zero_b=zero_b)
     optimizer = LoFTAdamW(model, lr=1e-3, params=two_groups(model) if grouped else None, **kwargs)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 12 // world,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, **(zero or {})},
-        **(config or {}),
-    }
+    settings: dict[str, Any] = {"zero_optimization": zero or {}, **(config or {})}
     if precision != "fp32":
         settings.setdefault(precision, {"enabled": True})
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
-    norms, losses = [], []
-    for step in range(steps):
-        for micro in range(accumulation):
-            x, y = (t[part].to(engine.device) for t in batch(step * accumulation + micro))
-            loss = (engine(x.to(dtype)).float() - y).square().mean()
-            if step == blow_up_at and rank == 0:
-                loss = loss * 1e9
-            engine.backward(loss)
-            engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
-        losses.append(loss.item())
-    params = {}
-    for name, p in trained(model).items():
-        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
-            params[name] = p.detach().float().cpu().clone()
-    outcome = Outcome(params, moments(optimizer), norms, losses, engine.skipped_steps)
+    each = {"gradient_accumulation_steps": accumulation, "gradient_clipping": clip}
+    engine = start_engine(model, optimizer, world, stage, **each, **settings)
+    assert next(engine.module.parameters()).dtype == dtype
+    outcomes, norms, losses = [], [], []
+    for first, last in itertools.pairwise([0, *after]):
+        steps = range(first, last)
+        found = train_engine(engine, rank, world, steps, accumulation=accumulation, blow_up_at=blow_up_at)
+        norms, losses = norms + found[0], losses + found[1]
+        outcomes.append(_outcome(engine, optimizer, rank, stage, norms, losses))
+    engine.destroy()
+    return outcomes
+
+
+def _outcome(
+    engine: DeepSpeedEngine, optimizer: LoFTAdamW, rank: int, stage: int, norms: list[float], losses: list[float]
+) -> Outcome:
     states, stacks = optimizer.state, optimizer._runtime._stacks
+    outcome = Outcome(gathered(engine.module, stage), moments(optimizer), norms, losses, engine.skipped_steps)
     outcome.holds_gradients = any(side.home for stack in stacks for side in stack.sides)
     outcome.steps = {f.name: states[f.name]["step"] for f in optimizer.trainable.factors}
     for factor, partition in getattr(optimizer.attach(), "_partitions", {}).items():
@@ -116,7 +180,6 @@ def train_sharded(
         for kind in ("momentum", "second_moment"):
             size = states[factor.name][kind].numel()
             outcome.elements[kind] = outcome.elements.get(kind, 0) + size
-    engine.destroy()
     return outcome
 
 

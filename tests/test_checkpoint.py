@@ -4,8 +4,9 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import signal
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from launch_helpers import fill_disk
 from models import Bomb, batch, odd_model, relative, trained, two_groups
 from ranks import CONTEXT
 from safetensors.torch import load_file
+from sharded_run import gathered, start_engine, train_alone, train_engine
 
 import loft_ds
 from loft_ds import Blocks, CheckpointError, LoFTAdamW
@@ -22,70 +24,75 @@ from loft_ds.checkpoint.manifest import PAIR_STATE
 STEPS = 8
 
 
+def own(engine, folder):
+    loft_ds.save_checkpoint(engine, folder)
+
+
+def deepspeeds(engine, folder):
+    engine.save_checkpoint(folder)
+
+
 def run(
-    rank, world, stage, until, *, resume=None, save=None, precision="fp32", native=False, kill_at=None, turns="auto"
+    rank, world, stage, until, *, resume=None, saves=(), precision="fp32", native=False, kill_at=None, turns="auto"
 ):
-    """Train on ``world`` ranks until a step, from a checkpoint and into one: the parameters, the norms of the steps.
+    """Train on ``world`` ranks until a step, from a checkpoint and into others: the parameters, the norms of the steps.
 
-    ``native`` checkpoints are DeepSpeed's own. ``kill_at`` is a rank and an event of its own: see :func:`die_at`.
+    Args:
+        resume: where the checkpoint lies; ``native`` ones are DeepSpeed's own.
+        saves: of each checkpoint after which step it is saved, how and where.
+        kill_at: a rank and an event of its own in the first save: see :func:`die_at`.
     """
-    import deepspeed
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = odd_model()
     optimizer = LoFTAdamW(model, lr=1e-2, params=two_groups(model), turns=turns)
-    config = {
-        "train_micro_batch_size_per_gpu": 12 // world,
-        "gradient_clipping": 0.2,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
-    if precision != "fp32":
-        config[precision] = {"enabled": True}
+    config = {} if precision == "fp32" else {precision: {"enabled": True}}
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, lr_scheduler=scheduler)
+    engine = start_engine(model, optimizer, world, stage, scheduler=scheduler, gradient_clipping=0.2, **config)
     if resume is not None:
         if native:
             path, _ = engine.load_checkpoint(resume)
             assert path is not None
         else:
             loft_ds.load_checkpoint(engine, resume)
-    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
     norms = []
-    for step in range(engine.global_steps, until):
-        x, y = batch(step)
-        engine.backward((engine(x[part].to(dtype)).float() - y[part]).square().mean())
-        engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
-    if save is not None:
-        if kill_at is not None and rank == kill_at[0]:
-            die_at(kill_at[1])
-        engine.save_checkpoint(save) if native else loft_ds.save_checkpoint(engine, save)
-    params = {}
-    for name, p in trained(model).items():
-        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
-            params[name] = p.detach().float().clone()
+    for step, save, folder in (*saves, (until, None, None)):
+        norms += train_engine(engine, rank, world, range(engine.global_steps, step))[0]
+        if save is not None:
+            if kill_at is not None and rank == kill_at[0]:
+                die_at(kill_at[1])
+            save(engine, folder)
+    params = gathered(model, stage)
     engine.destroy()
     return params, norms
 
 
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
+
+
 def die_at(event):
-    """Kill this process just before its ``event``-th sync, rename or deletion from now on."""
+    """Kill this process just before it syncs or changes something on the disk for the ``event``-th time from now on.
+
+    However it does so: as files of their own that come one after the other, too, where a rename was to be expected.
+    """
     count = 0
 
-    def counted(function):
-        def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+    def happens():
+        nonlocal count
+        count += 1
+        if count == event:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return call
+    def audit(name, args):
+        if name in CHANGES or (name == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            happens()
 
-    import shutil
+    sync = os.fsync
 
-    os.fsync, Path.rename, shutil.rmtree = counted(os.fsync), counted(Path.rename), counted(shutil.rmtree)
+    def counted(descriptor):
+        happens()
+        sync(descriptor)
+
+    os.fsync = counted
+    sys.addaudithook(audit)
 
 
 def plain(until, *, resume=None, save=None, tag=None, model=None, **kwargs):
@@ -100,10 +107,7 @@ def plain(until, *, resume=None, save=None, tag=None, model=None, **kwargs):
     for step in range(start, until):
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr / (1 + 0.1 * step)
-        x, y = batch(step)
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_alone(model, optimizer, [step])
     if save is not None:
         loft_ds.save_checkpoint(optimizer, save, tag)
     return {name: p.detach().clone() for name, p in trained(model).items()}
@@ -123,19 +127,22 @@ def close(a, b, tolerance=1e-5):
     return max(relative(a[name], b[name]) for name in b) < tolerance
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["loft_ds", "deepspeed"])
-@pytest.mark.parametrize(("turns", "first"), [("joint", 3), ("alternate", 3), ("alternate", 4)])
+@pytest.mark.parametrize(("turns", "firsts"), [("joint", [3]), ("alternate", [3, 4])])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_same_ranks_bitwise(ranks, tmp_path, stage, precision, turns, first, native):
-    """N steps, save, load, M steps are N + M steps to the last bit, with either factor's turn next."""
-    pool = ranks(2)
+def test_same_ranks_bitwise(ranks, tmp_path, stage, precision, turns, firsts):
+    """N steps, save, load, M steps are N + M steps to the last bit, with either factor's turn next, of LoFT's
+    checkpoints and of DeepSpeed's own; and no save changes what follows."""
     kind = {"precision": precision, "turns": turns}
-    whole, norms = pool(run, stage, STEPS, **kind)[0]
-    pool(run, stage, first, save=tmp_path, native=native, **kind)
-    resumed, rest = pool(run, stage, STEPS, resume=tmp_path, native=native, **kind)[0]
-    assert same(resumed, whole)
-    assert rest == norms[first:], "DeepSpeed's own clipping came back with its checkpoint"
+    whole, norms = ranks(2)(run, stage, STEPS, **kind)[0]
+    saves = [(first, save, tmp_path / f"{first}-{save.__name__}") for first in firsts for save in (own, deepspeeds)]
+    saving, their_norms = ranks(2)(run, stage, STEPS, saves=saves, **kind)[0]
+    assert same(saving, whole)
+    assert their_norms == norms
+    for first, save, folder in saves:
+        resumed, rest = ranks(2)(run, stage, STEPS, resume=folder, native=save is deepspeeds, **kind)[0]
+        assert same(resumed, whole), (first, save.__name__)
+        assert rest == norms[first:], "DeepSpeed's own clipping came back with its checkpoint"
 
 
 @pytest.mark.parametrize("turns", ["joint", "alternate"])
@@ -177,7 +184,7 @@ def test_state_comes_back_as_it_lay_in_memory(tmp_path, turns):
 @pytest.mark.parametrize("turns", ["joint", "alternate"])
 def test_other_ranks_and_stages(ranks, tmp_path, saved, loaded, first, turns):
     """The continuation is the uninterrupted run's, whoever takes over."""
-    ranks(saved[0])(run, saved[1], first, save=tmp_path, turns=turns)
+    ranks(saved[0])(run, saved[1], first, saves=[(first, own, tmp_path)], turns=turns)
     outcomes = ranks(loaded[0])(run, loaded[1], STEPS, resume=tmp_path, turns=turns)
     assert close(outcomes[0][0], uninterrupted(turns))
     assert all(same(other, outcomes[0][0]) for other, _ in outcomes)
@@ -185,7 +192,7 @@ def test_other_ranks_and_stages(ranks, tmp_path, saved, loaded, first, turns):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_to_plain_torch_and_back(ranks, tmp_path, stage):
-    ranks(3)(run, stage, 3, save=tmp_path)
+    ranks(3)(run, stage, 3, saves=[(3, own, tmp_path)])
     assert close(plain(STEPS, resume=tmp_path), uninterrupted())
     plain(5, resume=tmp_path, save=tmp_path / "back")
     files = sorted(p.name for p in (tmp_path / "back" / "global_step5").iterdir())
@@ -203,43 +210,29 @@ def head_model():
 
 
 def head_under_deepspeed(rank, world, resume, until):
-    import deepspeed
-
     model = head_model()
-    config = {
-        "train_micro_batch_size_per_gpu": 12 // world,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 2},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=config)
+    engine = start_engine(model, LoFTAdamW(model, lr=1e-2), world, 2)
     loft_ds.load_checkpoint(engine, resume)
-    part = slice(rank * (12 // world), (rank + 1) * (12 // world))
-    for step in range(3, until):  # saved without DeepSpeed, which counts
-        x, y = batch(step)
-        engine.backward((engine(x[part]) - y[part]).square().mean())
-        engine.step()
+    train_engine(engine, rank, world, range(3, until))  # saved without DeepSpeed, which counts
+    params = gathered(model, stage=2)
     engine.destroy()
-    return {name: p.detach().clone() for name, p in trained(model).items()}
+    return params
 
 
 def test_matrices_outside_pairs_come_back(ranks, tmp_path):
     """Their moments are kept flat in plain torch too, as any layout may go on from them."""
     model = head_model()
     optimizer = LoFTAdamW(model, lr=1e-2)
-    for step in range(6):
-        if step == 3:
-            loft_ds.save_checkpoint(optimizer, tmp_path)
-        x, y = batch(step)
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_alone(model, optimizer, range(3))
+    loft_ds.save_checkpoint(optimizer, tmp_path)
+    train_alone(model, optimizer, range(3, 6))
     sharded, _ = ranks(2)(head_under_deepspeed, tmp_path, 6)
     assert close(sharded, trained(model))
 
 
 def test_no_rank_writes_the_whole(ranks, tmp_path):
     """Sizes fall as 1/N, and the frozen base is in none of them."""
-    ranks(4)(run, 3, 2, save=tmp_path)
+    ranks(4)(run, 3, 2, saves=[(2, own, tmp_path)])
     folder = tmp_path / "global_step2"
     sizes = [sum(t.numel() for t in load_file(f).values()) for f in sorted(folder.glob("rank-*"))]
     alike = 3 * 8 * 9  # basis, weights and rotation (r, r) of each factor, with the first rank at most
@@ -253,39 +246,45 @@ def test_no_rank_writes_the_whole(ranks, tmp_path):
 
 
 def crash(folder, event, tag):
-    """Save after 2 steps, then die at an event of the save after 4."""
+    """Go on from 2 steps, then die at an event of the save after 4."""
     torch.set_num_threads(1)
-    plain(2, save=folder, tag=tag)
-    model = odd_model()
     die_at(event)
-    plain(4, resume=folder, save=folder, tag=tag, model=model)
+    plain(4, resume=folder, save=folder, tag=tag)
 
 
 @pytest.mark.parametrize("tag", [None, "the_same"])
 def test_killed_at_any_moment_of_a_save(tmp_path, tag):
-    """Whenever the process dies, one whole checkpoint is found, and training goes on from it as if nothing had been."""
-    survived = 0
-    for event in range(1, 30):
-        folder = tmp_path / str(event)
+    """Whenever the process dies, one whole checkpoint is found, that of before or from some moment on the new one, and
+    training goes on from it as if nothing had been."""
+    before, found = tmp_path / "before", []
+    plain(2, save=before, tag=tag)
+    for event in range(1, 100):
+        folder = shutil.copytree(before, tmp_path / str(event))
         process = CONTEXT.Process(target=crash, args=(folder, event, tag))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        found = {step: same(plain(step, resume=folder), plain(step)) for step in (4,)}
-        assert found[4], f"killed at event {event}"
-        assert same(plain(STEPS, resume=folder), plain(STEPS))
+        model = odd_model()
+        optimizer = LoFTAdamW(model, params=two_groups(model))
+        loft_ds.load_checkpoint(optimizer, folder)
+        found.append(max(state["step"] for state in optimizer.state.values()))
+        if found[-1] not in found[:-1]:
+            assert same(plain(STEPS, resume=folder), uninterrupted()), f"killed at event {event}"
         if process.exitcode == 0:
-            survived = event
             break
-    assert survived > 6, "the save has fewer events than files to sync: the test misses its point"
+    assert process.exitcode == 0, "the save has no end"
+    assert found == sorted(found), "a step back"
+    assert found[0] == 2
+    assert found[-1] == 4
+    assert len(found) > 10, "the save has fewer events than files to write and to sync: the test misses its point"
 
 
-@pytest.mark.parametrize("kill_at", [(1, 1), (0, 3), (0, 5)], ids=["its_own_file", "buffers", "manifest"])
+@pytest.mark.parametrize("kill_at", [(1, 1), (0, 3), (0, 5), (0, 7)], ids=["second", "first", "manifest", "rename"])
 def test_a_rank_killed_in_a_save(ranks, tmp_path, kill_at):
     """A rank dies while it writes: the checkpoint before is the one that is found."""
-    ranks(2)(run, 3, 2, save=tmp_path)
-    with pytest.raises(RuntimeError, match=r"rank \d died|Connection closed|closed by peer"):
-        ranks(2)(run, 3, 4, resume=tmp_path, save=tmp_path, kill_at=kill_at)
+    ranks(2)(run, 3, 2, saves=[(2, own, tmp_path)])
+    with pytest.raises(RuntimeError, match=rf"^rank {kill_at[0]} died"):
+        ranks(2)(run, 3, 4, resume=tmp_path, saves=[(4, own, tmp_path)], kill_at=kill_at)
     assert loft_ds.checkpoint.last_tag(tmp_path) == "global_step2"
     assert close(ranks(2)(run, 3, STEPS, resume=tmp_path)[0][0], uninterrupted())
 
@@ -340,7 +339,7 @@ def test_damage_is_named(tmp_path, name, how):
 
 
 def test_damage_is_an_error_on_every_rank(ranks, tmp_path):
-    ranks(2)(run, 2, 2, save=tmp_path)
+    ranks(2)(run, 2, 2, saves=[(2, own, tmp_path)])
     file = tmp_path / "global_step2" / "rank-00001-of-00002.safetensors"
     file.write_bytes(damaged(file.read_bytes(), "middle"))
     for said in ranks(2)(refusals, tmp_path):
@@ -361,15 +360,8 @@ def normalised():
 
 def running_statistics(rank, world, folder, load):
     """The running mean of a saved module after training and saving, or after loading."""
-    import deepspeed
-
     model, name = normalised()
-    config = {
-        "train_micro_batch_size_per_gpu": 12,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 2},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model), config=config)
+    engine = start_engine(model, LoFTAdamW(model), world, 2)
     said = None
     if load:
         try:
@@ -493,30 +485,18 @@ def test_zero_to_fp32_reads_the_masters(ranks, tmp_path, stage):
     """DeepSpeed's own consolidation works on what ``engine.save_checkpoint`` wrote of a LoFT run."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    params, _ = ranks(2)(run, stage, 3, save=tmp_path, native=True)[0]
+    params, _ = ranks(2)(run, stage, 3, saves=[(3, deepspeeds, tmp_path)])[0]
     masters = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     for name, param in params.items():
         assert torch.equal(masters[name], param), name
 
 
 def export(rank, world, stage, steps, folder):
-    import deepspeed
-
     model = odd_model()
-    config = {
-        "train_micro_batch_size_per_gpu": 12,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=config)
-    for step in range(steps):
-        x, y = batch(step)
-        engine.backward((engine(x) - y).square().mean())
-        engine.step()
+    engine = start_engine(model, LoFTAdamW(model, lr=1e-2), world, stage)
+    train_engine(engine, rank, world, range(steps))
     loft_ds.export_adapter(engine, folder)
-    x, y = batch(steps)
-    engine.backward((engine(x) - y).square().mean())  # and training goes on
-    engine.step()
+    train_engine(engine, rank, world, [steps])  # training goes on
     engine.destroy()
 
 
@@ -541,7 +521,6 @@ def test_adapters_are_the_same_from_every_stage(ranks, tmp_path, world, steps):
 
 def export_merged(rank, world, stage, folder):
     """Train a tiny Llama, export and merge it: its logits before."""
-    import deepspeed
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -550,12 +529,7 @@ def export_merged(rank, world, stage, folder):
     LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=1, **size)).save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=config)
+    engine = start_engine(model, LoFTAdamW(model, lr=1e-2), world, stage)
     ids = torch.arange(12).view(2, 6)
     for _ in range(3):
         engine.backward(engine(input_ids=ids, labels=ids).loss)

@@ -85,7 +85,8 @@ def runs(tmp_path_factory):
         *("--adam_epsilon", "1e-3"),
     ]
     configs = [str(CONFIGS / f"{name}.json") for name in NAMES]
-    mp.spawn(train_configs, args=(2, free_port(), flags, configs, str(folder)), nprocs=2)
+    # Forked, ranks end without the interpreter's: gloo's threads outlive destroy_process_group and may abort it.
+    mp.start_processes(train_configs, (2, free_port(), flags, configs, str(folder)), 2, start_method="forkserver")
     return folder
 
 

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from models import one_layer
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from loft_ds.adapters import find_trainable
 from loft_ds.sharding.exchange import Cut, Partition, divide_rows, even_cut, plan_gather, plan_rows
@@ -123,3 +125,11 @@ def test_rows_are_a_partition(world, how):
             assert (bounds[0], bounds[-1], len(bounds)) == (0, length, world + 1)
             assert (bounds.diff() >= 0).all()
             assert [cut.interval(q) for q in range(world)] == list(itertools.pairwise(bounds.tolist()))
+
+
+def test_a_layer_is_on_as_many_ranks_as_its_share_of_the_state():
+    """Of a row 6 numbers times its width of 1, and 9 times 4 in the other layer of as many rows: one rank, and six."""
+    config = LoraConfig(r=1, target_modules=["0", "1"], rank_pattern={"1": 4})
+    factors = find_trainable(get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), config)).factors
+    cuts = divide_rows(factors, [even_cut(-(-f.numel // 7), 0, f.numel) for f in factors], world=7)
+    assert [cut.ranks for cut in cuts] == [range(1), range(1), range(1, 7), range(1, 7)]

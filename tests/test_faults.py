@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import inspect
 import json
 import math
@@ -17,11 +18,10 @@ from pathlib import Path
 import hosts
 import pytest
 import torch
-from launch_helpers import CONFIGS, fill_disk, free_port, make_model, write_text
+from launch_helpers import CONFIGS, fill_disk, free_port, losses, make_model, write_text
 from ranks import CONTEXT
 
 import faults
-from logs import read_log
 
 STEPS, SAVE, AT = 8, 3, 5  # the fault comes in the step after so many
 TIMEOUT = 12  # seconds a collective may take here, by --ddp_timeout
@@ -101,6 +101,7 @@ class Job:
 
 
 def _run(rank, environment, argv, log, fault, out, space):
+    gc.freeze()  # as in a pool of ranks
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     if space is not None:
@@ -123,10 +124,6 @@ def _run(rank, environment, argv, log, fault, out, space):
     train.main()
 
 
-def losses(folder):
-    return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory):
     """The losses of a run that nothing happened to; it was told to resume, and there was nothing to resume from."""
@@ -147,6 +144,7 @@ def terminate(out):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.rehearse
 def test_sigterm_on_one_rank_saves_and_stops_all(flags, tmp_path, uninterrupted):
     job = Job(flags, tmp_path / "out", faults={1: terminate})
     assert job.end() == [128 + signal.SIGTERM] * 2, job.said()
@@ -160,6 +158,7 @@ def die(out):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.rehearse
 def test_the_first_rank_dies_and_is_named(flags, tmp_path, uninterrupted):
     job = Job(flags, tmp_path / "out", faults={0: die})
     assert job.end() == [-signal.SIGKILL, 1], job.said()
@@ -177,6 +176,7 @@ def hang(out):
 HANGS = inspect.getsourcelines(hang)[1] + 2
 
 
+@pytest.mark.rehearse
 def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
     """As on a GPU, where the process waits for the device and not for the collective."""
     job = Job(flags, tmp_path / "out", faults={0: hang, 1: die})
@@ -186,6 +186,7 @@ def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
     assert f"died or was stopped after step {AT}: no sign of life for" in error
 
 
+@pytest.mark.rehearse
 def test_of_three_ranks_the_one_that_hangs_is_named(flags, tmp_path):
     job = Job(flags, tmp_path / "out", faults={1: hang}, world=3)
     assert job.end() == [1, 1, 1], job.said()
@@ -198,6 +199,7 @@ def late(out):
     faults.NEAR = math.inf
 
 
+@pytest.mark.rehearse
 def test_a_rank_that_hangs_is_named_by_the_collective_that_failed(flags, tmp_path, uninterrupted):
     job = Job(flags, tmp_path / "out", faults={0: late, 1: hang})
     assert job.end() == [1, 1], job.said()
@@ -213,6 +215,7 @@ def wait_for_a_device(out):
     hang(out)
 
 
+@pytest.mark.rehearse
 def test_a_rank_that_hangs_is_named_where_no_collective_fails(flags, tmp_path):
     """As under NCCL, which tells no Python of a collective that times out."""
     job = Job(flags, tmp_path / "out", faults={0: wait_for_a_device, 1: hang})
@@ -242,6 +245,7 @@ def stumble(out):
     rest(out)
 
 
+@pytest.mark.rehearse
 def test_ranks_that_need_long_without_each_other_are_left_alone(flags, tmp_path, uninterrupted):
     job = Job(flags, tmp_path / "out", faults={0: rest, 1: stumble})
     assert job.end() == [0, 0], job.said()
@@ -252,6 +256,7 @@ def lose(out):
     raise torch.distributed.DistBackendError("\N{GRINNING FACE}" * 5000)
 
 
+@pytest.mark.rehearse
 def test_an_error_of_many_words_is_read_by_the_others(flags, tmp_path):
     job = Job(flags, tmp_path / "out", faults={0: lose, 1: lose})
     assert job.end() == [1, 1], job.said()
@@ -264,6 +269,7 @@ def lose_with_the_disk(out):
     lose(out)
 
 
+@pytest.mark.rehearse
 def test_a_disk_that_hangs_keeps_no_rank(flags, tmp_path):
     job = Job(flags, tmp_path / "out", "--ddp_timeout", "6", faults=dict.fromkeys(range(2), lose_with_the_disk))
     assert job.end() == [1, 1], job.said()
@@ -290,6 +296,7 @@ def wait_for_the_cut(out):
         time.sleep(0.1)
 
 
+@pytest.mark.rehearse
 def test_a_peer_that_is_cut_off_is_named(flags, tmp_path, uninterrupted):
     if reason := hosts.missing():
         pytest.skip(reason)
@@ -314,6 +321,7 @@ def fill(out):
     fill_disk(out.parent)
 
 
+@pytest.mark.rehearse
 def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(flags, small_disk, tmp_path, uninterrupted):
     out = small_disk / "out"
     job = Job(flags, out, faults={1: fill})

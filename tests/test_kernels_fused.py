@@ -1,12 +1,10 @@
-"""The Triton kernels against the reference: on the GPU where there is one, and always in Triton's interpreter.
+"""The Triton kernels against the reference, on a GPU where there is one, else in Triton's interpreter; and compiled."""
 
-Triton decides when it is imported whether it interprets, and PEFT imports it. So a process of its own runs this file
-again with ``TRITON_INTERPRET=1``.
-"""
-
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,21 +30,8 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 STORED = [(rank, torch.float32) for rank in [*RANKS, 128]] + [(rank, torch.bfloat16) for rank in (5, 33)]
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="neither GPU nor interpreter"
-)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
-
-
-@needs_kernels
 @pytest.mark.parametrize(("rank", "stored"), STORED)
 def test_projected_update(rank: int, stored: torch.dtype) -> None:
     from loft_ds.kernels import fused
@@ -62,7 +47,6 @@ def test_projected_update(rank: int, stored: torch.dtype) -> None:
             assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
-@needs_kernels
 @pytest.mark.parametrize("rank", [3, 16])
 def test_a_batch_is_its_pairs(rank: int) -> None:
     """Three pairs in one launch, their second moments scattered, one of them where no vector load may begin."""
@@ -89,7 +73,6 @@ def test_a_batch_is_its_pairs(rank: int) -> None:
         assert_close(update[i].cpu(), expected.cpu(), UPDATE_TOLERANCE[torch.float32])
 
 
-@needs_kernels
 @pytest.mark.parametrize("bound", [0.5, float("inf")])
 def test_bound(bound: float) -> None:
     from loft_ds.kernels import fused
@@ -102,7 +85,6 @@ def test_bound(bound: float) -> None:
     assert_close(actual.cpu(), expected, UPDATE_TOLERANCE[torch.float32])
 
 
-@needs_kernels
 def test_nan_is_not_hidden() -> None:
     from loft_ds.kernels import fused
 
@@ -114,7 +96,6 @@ def test_nan_is_not_hidden() -> None:
     assert update[[0, 2, 3]].isfinite().all()
 
 
-@needs_kernels
 @pytest.mark.parametrize(("rank", "stored"), [case for case in STORED if case[0] <= 64])
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
@@ -138,7 +119,6 @@ def test_accumulate(rank: int, stored: torch.dtype, pending: bool, rotated: bool
             assert_close(actual.cpu(), expected, tolerance)
 
 
-@needs_kernels
 def test_stochastic_rounding_is_that_of_plain_torch() -> None:
     from loft_ds.kernels import fused
 
@@ -152,45 +132,20 @@ def test_stochastic_rounding_is_that_of_plain_torch() -> None:
     assert torch.equal(plain, storage.round_stochastically(BETA2 * packed.bfloat16().float(), 7).to(DEVICE))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("rank", "stored"), [(1, "float32"), (17, "bfloat16"), (64, "float32"), (128, "float32")])
-def test_compiles_for_a_gpu(rank: int, stored: str, capability: int) -> None:
-    """To machine code, with no GPU at hand; a Hopper must come out with its tensor cores and its shared memory."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+RANKS_COMPILED = [(1, "float32"), (17, "bfloat16"), (64, "float32"), (128, "float32")]
+COMPILED = [(*stored, capability) for stored in RANKS_COMPILED for capability in (80, 90)]
 
-    from loft_ds.kernels import fused
 
-    pointers = dict.fromkeys(("momentum", "keys_t", "values", "out", "gradient", "pending", "rotation"), "*fp32")
-    integers = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
-    types = {"table": "*i64", "triangle": "*i32", **pointers, **integers}
-    constants = {
-        "stored": getattr(tl, stored),
-        "aligned": True,
-        "RANK": rank,
-        "PADDED": fused._padded(rank),
-        "PART": min(32, fused._padded(rank)),
-        "ROWS": 64,
-        "COLUMNS": 64 if rank <= 64 else 32,
-        "BLOCK": 32,
-        "PRECISION": "tf32x3",
-        "HAS_PENDING": True,
-        "HAS_ROTATION": True,
-    }
-    kernels = [fused._projected_update_kernel.fn]
-    if rank <= fused.LARGEST_ACCUMULATED_RANK:
-        kernels.append(fused._accumulate_kernel)
-    for kernel in kernels:
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
-        source = ASTSource(kernel, signature, {name: constants[name] for name in names if name in constants})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-        assert compiled.asm["cubin"]
-        assert "mma" in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= 99 * 1024  # what every GPU since 2020 has
+@pytest.mark.parametrize(
+    "cases", [COMPILED[3:4], pytest.param(COMPILED, marks=pytest.mark.rehearse)], ids=["one", "all"]
+)
+def test_compiles_for_a_gpu(cases: list[tuple[int, str, int]]) -> None:
+    """To machine code, with no GPU at hand, in a process in which Triton does not interpret."""
+    command = [sys.executable, Path(__file__).with_name("compiled.py"), json.dumps(cases)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("compiled") == sum(2 if rank <= 64 else 1 for rank, *_ in cases)
 
 
 @pytest.mark.parametrize(("capability", "least"), [((8, 0), 32), ((9, 0), 64)])

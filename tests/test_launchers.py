@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import json
 import os
@@ -22,12 +23,11 @@ import jsonschema
 import pytest
 import yaml
 from hosts import INTERFACE, Hosts
-from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
+from launch_helpers import CONFIGS, ROOT, free_port, losses, make_model, write_text
 
 import train
 from arguments import parse
 from checks import LaunchError
-from logs import read_log
 
 LAUNCH = ROOT / "launch"
 STEPS, SAVE, BATCH = 40, 5, 12
@@ -83,16 +83,20 @@ def start() -> Iterator[Start]:
 
 @dataclass
 class Rehearsal:
-    """What all launchers train, and what one process makes of it."""
+    """What all launchers train, in a folder of its own, and what one process makes of it."""
 
+    folder: Path
     model: Path
     text: Path
-    expected: dict[int, float]
 
-    @staticmethod
-    def losses(folder: Path) -> dict[int, float]:
-        history = json.loads(checkpoint(folder, STEPS).read_text())["log_history"]
-        return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    @functools.cached_property
+    def expected(self) -> dict[int, float]:
+        command = [sys.executable, LAUNCH / "train.py", *self.flags(self.folder / "run", 1)]
+        subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+        curve = losses(self.folder / "run")
+        assert list(curve) == list(range(1, STEPS + 1))
+        assert curve[STEPS] < 0.96 * curve[1], "the curve is flat, so it could not tell"
+        return curve
 
     def flags(self, folder: Path, ranks: int) -> list[str]:
         """The arguments of ``train.py`` under which so many ranks share a batch of the same blocks."""
@@ -108,7 +112,7 @@ class Rehearsal:
     def check(self, folder: Path, ranks: int) -> None:
         """The run in ``folder`` was one of so many ranks, from the first step to the last, and found the same."""
         assert json.loads((folder / "metrics.json").read_text())["world_size"] == ranks
-        curve = self.losses(folder)
+        curve = losses(folder)
         assert list(curve) == list(self.expected)
         # float32; several ranks sum a batch in another order than one does, and 40 steps carry that on.
         assert list(curve.values()) == pytest.approx(list(self.expected.values()), rel=1e-3)
@@ -117,13 +121,7 @@ class Rehearsal:
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> Rehearsal:
     folder = tmp_path_factory.mktemp("one")
-    one = Rehearsal(make_model(folder / "model"), write_text(folder / "text.txt"), {})
-    command = [sys.executable, LAUNCH / "train.py", *one.flags(folder / "run", 1)]
-    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
-    one.expected = one.losses(folder / "run")
-    assert list(one.expected) == list(range(1, STEPS + 1))
-    assert one.expected[STEPS] < 0.96 * one.expected[1], "the curve is flat, so it could not tell"
-    return one
+    return Rehearsal(folder, make_model(folder / "model"), write_text(folder / "text.txt"))
 
 
 @pytest.fixture
@@ -174,6 +172,7 @@ QUICKLY = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
 ELASTIC = {"NNODES": "2:3", "NPROC": 1, "MASTER_ADDR": "node0", "PET_RDZV_CONF": QUICKLY}
 
 
+@pytest.mark.rehearse
 def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(3), tmp_path / "run"
     env = environment(GLOO_SOCKET_IFNAME=INTERFACE, **ELASTIC)
@@ -191,6 +190,7 @@ def test_torchrun_goes_on_with_another_host_in_place_of_a_dead_one(rehearsal, ma
     rehearsal.check(run, 2)
 
 
+@pytest.mark.rehearse
 def test_torchrun_takes_in_a_host_that_joins(rehearsal, make_hosts, start, tmp_path):
     hosts, run, steps = make_hosts(3), tmp_path / "run", 150
     env = environment(GLOO_SOCKET_IFNAME=INTERFACE, **ELASTIC)
@@ -203,7 +203,7 @@ def test_torchrun_takes_in_a_host_that_joins(rehearsal, make_hosts, start, tmp_p
         job.succeeds()
     assert "saved after step" in jobs[0].log.read_text()
     assert json.loads((run / "metrics.json").read_text())["world_size"] == 3
-    curve = {entry["step"]: entry["loss"] for entry in read_log(run) if "loss" in entry}
+    curve = losses(run)
     assert list(curve) == list(range(1, steps + 1))
     assert curve[1] == pytest.approx(rehearsal.expected[1], rel=1e-3), "two ranks began"
     assert curve[steps] < rehearsal.expected[STEPS], "it did not go on learning"
@@ -233,6 +233,7 @@ def serve_ssh(hosts: Hosts, folder: Path, start: Start) -> None:
         until(lambda job=job: "listening" in job.log.read_text(), "sshd that listens", job)
 
 
+@pytest.mark.rehearse
 def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, start, tmp_path):
     need(("sshd", "openssh-server"), ("pdsh", "pdsh"))
     hosts, run = make_hosts(3), tmp_path / "run"
@@ -249,6 +250,7 @@ def test_deepspeed_over_ssh_to_the_hosts_of_a_hostfile(rehearsal, make_hosts, st
     assert {line.split(":")[0] for line in job.log.read_text().splitlines()} >= set(hosts.names)  # pdsh says who spoke
 
 
+@pytest.mark.rehearse
 def test_deepspeed_without_ssh(rehearsal, make_hosts, start, tmp_path):
     hosts, run = make_hosts(2), tmp_path / "run"
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
@@ -269,23 +271,27 @@ def test_deepspeed_without_ssh(rehearsal, make_hosts, start, tmp_path):
 # --- Open MPI, and DeepSpeed's on one host
 
 
-@pytest.mark.parametrize("launcher", ["mpi", "deepspeed"])
-def test_sigterm_to_the_script_saves_and_the_same_command_goes_on(rehearsal, start, tmp_path, launcher):
+@pytest.mark.rehearse
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpi", 2), ("deepspeed", 1)])
+def test_sigterm_to_the_script_saves_and_it_goes_on(rehearsal, start, tmp_path, launcher, ranks):
+    """By the same command, or on as many ranks as are left."""
     if launcher == "mpi":
         need(("mpirun", "openmpi-bin"))
         pytest.importorskip("mpi4py", reason="needs mpi4py")
     need(("pkill", "procps"))
     run, hostfile = tmp_path / "run", tmp_path / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
     where = {"mpi": {"NPROC": 2, **as_root}, "deepspeed": {"HOSTFILE": hostfile}}[launcher]
     env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), **where)
     command = [LAUNCH / launcher / "run.sh", *rehearsal.flags(run, 2), "--resume_from_checkpoint", "True"]
+    hostfile.write_text("localhost slots=2\n")
     stop(start(tmp_path / "first.log", command, env=env), run)
     before = checkpoint(run, SAVE).stat().st_mtime_ns
+    hostfile.write_text(f"localhost slots={ranks}\n")
+    command += ["--per_device_train_batch_size", BATCH // ranks]
     start(tmp_path / "second.log", command, env=env).succeeds()
     assert checkpoint(run, SAVE).stat().st_mtime_ns == before, "it began anew in place of going on"
-    rehearsal.check(run, 2)
+    rehearsal.check(run, ranks)
 
 
 # --- Slurm
@@ -345,6 +351,7 @@ def serve_slurm(hosts: Hosts, folder: Path, start: Start) -> Path:
     return config
 
 
+@pytest.mark.rehearse
 def test_slurm_brings_a_job_back_where_it_was(rehearsal, make_hosts, start, tmp_path):
     need(("munged", "munge"), ("slurmctld", "slurm-wlm"), ("slurmd", "slurm-wlm"))
     hosts, run = make_hosts(2), tmp_path / "run"

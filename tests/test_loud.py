@@ -6,28 +6,17 @@ import re
 import pytest
 import torch
 from models import batch, odd_model, trained
+from sharded_run import start_engine, train_alone, train_engine
 
 from loft_ds import LoFTAdamW
 
 
 def message(rank, world, build, **config):
     """The error that one step of what ``build(model)`` returns as optimizer ends with."""
-    import deepspeed
-
     model = odd_model()
-    settings = {
-        "train_micro_batch_size_per_gpu": 12,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": 2},
-        **config,
-    }
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=build(model), config=settings)
-        for step in range(2):
-            x, y = batch(step)
-            engine.backward((engine(x.to(engine.module.base_model.model[0].weight.dtype)) - y).square().mean())
-            engine.step()
+        engine = start_engine(model, build(model), world, 2, **config)
+        train_engine(engine, rank, world, range(2))
     except Exception as error:  # whatever it is, the test reads it
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -119,38 +108,24 @@ def rebuilt(rank, world, stage, early):
 
     With ``early`` there is a backward pass before ``deepspeed.initialize`` instead of an earlier engine.
     """
-    import deepspeed
-
     model = odd_model()
-    config = {
-        "train_micro_batch_size_per_gpu": 12,
-        "gradient_clipping": 0.2,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
 
-    def build():
-        return deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-3), config=config)[0]
+    def build(optimizer):
+        return start_engine(model, optimizer, world, stage, gradient_clipping=0.2)
 
-    def step(engine):
-        x, y = batch(0)
-        engine.backward((engine(x) - y).square().mean())
-        engine.step()
-        return float(engine.get_global_grad_norm())
-
+    optimizer = LoFTAdamW(model, lr=1e-3)
     if early:
-        optimizer = LoFTAdamW(model, lr=1e-3)
         x, y = batch(1)
         (model(x) - y).square().mean().backward()
         optimizer.zero_grad()
-        second = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        norms = [step(second)]
+        norms = []
     else:
-        first = build()
-        norms = [step(first)]
+        first = build(optimizer)
+        norms, _ = train_engine(first, rank, world, [0])
         first.destroy()
-        second = build()
-        norms.append(step(second))
+        optimizer = LoFTAdamW(model, lr=1e-3)
+    second = build(optimizer)
+    norms += train_engine(second, rank, world, [0])[0]
     clips = second.basic_optimizer.max_grad_norm, second._config.gradient_clipping
     second.destroy()
     return norms, clips
@@ -166,10 +141,6 @@ def test_a_second_engine_and_an_early_backward(ranks, stage, early):
     optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=0.2)
     expected = []
     for _ in norms:
-        x, y = batch(0)
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(optimizer.grad_norm)
+        expected += train_alone(model, optimizer, [0])[0]
         optimizer = LoFTAdamW(model, lr=1e-3, max_grad_norm=0.2)
     assert norms == pytest.approx(expected, rel=1e-6)  # one rank: the same float32 sums

@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from loft_ds import Blocks, LoFTAdamW, algebra
+from loft_ds.quantised import keep_gradients
 
 
 def train(model, optimizer, steps, start=0, scheduler=None):
@@ -316,6 +319,21 @@ def test_turns_go_before_those_of_the_blocks():
     assert LoFTAdamW(odd_model(), turns="joint", blocks=Blocks.published()).blocks == Blocks.published(turns="joint")
 
 
+def test_published_is_the_paper_and_nothing_else():
+    ours, published = asdict(Blocks()), asdict(Blocks.published())
+    changed = {switch: value for switch, value in published.items() if value != ours[switch]}
+    assert changed == {"turns": "alternate", "bias_calibration": False, "balancing": False}
+
+
+def test_groups_are_all_that_is_trained():
+    model = odd_model()
+    first, *rest = trained(model).values()
+    with pytest.raises(ValueError, match="1 of them are missing and 0 others are given"):
+        LoFTAdamW(model, params=rest)
+    with pytest.raises(ValueError, match="0 of them are missing and 1 others are given"):
+        LoFTAdamW(model, params=[first, *rest, nn.Parameter(torch.zeros(1))])
+
+
 def test_groups_are_fixed_at_construction():
     optimizer = LoFTAdamW(odd_model())
     with pytest.raises(ValueError, match="pass all groups as params"):
@@ -400,8 +418,10 @@ def test_divergence_is_named(turns, broken):
     (A if broken == "lora_A" else B).grad.fill_(float("nan"))
     if broken == "lora_A":
         optimizer.step()
+    steps = [state["step"] for state in optimizer.state.values()]
     with pytest.raises(RuntimeError, match=rf"{broken}\S+ became infinite or NaN: the run has diverged"):
         optimizer.step()
+    assert [state["step"] for state in optimizer.state.values()] == steps, "a step that failed is none"
 
 
 def test_a_step_ignores_tf32(monkeypatch):
@@ -431,3 +451,24 @@ def test_inherited_precision_stays_inherited():
             assert matmul.fp32_precision == "ieee"
         finally:
             torch.backends.fp32_precision = before
+
+
+class Linear4bit(nn.Linear):
+    """Stands for bitsandbytes' on a CPU with bfloat16 arithmetic, as far as its packing shows."""
+
+    support_avx512bf16_for_cpu = True
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=False)
+
+
+def test_weights_packed_for_inference_are_refused():
+    model = get_peft_model(nn.Sequential(Linear4bit(5, 4)), LoraConfig(r=2, target_modules=["0"]))
+    optimizer, base = LoFTAdamW(model), model.base_model.model[0].get_base_layer()
+    base.weight.quant_state.packing_format_for_cpu = True  # as an evaluation does
+    model(torch.ones(1, 5)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"call loft_ds\.quantised\.keep_gradients\(model\)"):
+        optimizer.step()
+    keep_gradients(model)
+    assert not base.support_avx512bf16_for_cpu

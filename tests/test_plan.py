@@ -22,6 +22,7 @@ from loft_ds.kernels.stream import CHUNK_BYTES
 from loft_ds.plan import BUILTIN, GPUS, Division, Job, arithmetic, memory, peak, plan, received, shapes_of, traffic
 from loft_ds.plan.__main__ import largest_rank, main, smallest_stage
 from loft_ds.plan.division import division_of
+from loft_ds.plan.hardware import TRAINING_EFFICIENCY
 from loft_ds.plan.memory import checkpoint_bytes
 from loft_ds.plan.shapes import build
 from loft_ds.plan.traffic import deepspeed_traffic, products
@@ -273,6 +274,17 @@ def test_what_fits():
     assert peak(shapes, dataclasses.replace(job, rank=best + 1)) > 0.92 * small.memory
 
 
+def test_seconds_of_the_training_are_those_of_its_products():
+    """Two operations a weight and token: forward, again for checkpointing, and for the gradient of the inputs; of
+    adapters for that of the weights too. One rank alone sends nothing."""
+    shapes, gpu = builtin("Llama-3-8B"), GPUS["H100"]
+    seconds = plan(shapes, Job(16, 1, 0, tokens=1000), gpu, 50e9).seconds
+    weights = shapes.adapted + shapes.vocabulary * shapes.hidden
+    operations = 1000 * (6 * weights + 8 * sum(f.numel for f in shapes.factors(16)))
+    assert seconds["training"] == pytest.approx(operations / (TRAINING_EFFICIENCY * gpu.bf16))
+    assert seconds["LoFT's traffic"] == 0
+
+
 def test_offload_moves_what_it_names():
     shapes, job = builtin("Llama-3-8B"), Job(64, 8, 3)
     here = plan(shapes, job, GPUS["H100"], 50e9)
@@ -355,6 +367,7 @@ def test_sweep(tmp_path, capsys):
     assert stage3[-1]["GB"] < stage3[0]["GB"]
 
 
+@pytest.mark.study
 def test_scaling_quick(monkeypatch, capsys):
     """The benchmark itself, on ranks that it spawns: what should halve with two ranks does."""
     rows = scaling_main(["--quick"])

@@ -38,7 +38,7 @@ def run(name, folder):
     return file, [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["factorisation", "classification"])
+@pytest.mark.parametrize("name", ["factorisation", pytest.param("classification", marks=pytest.mark.study)])
 def test_a_study_and_its_page(name, tmp_path):
     _, results = run(name, tmp_path / "quality")
     # Three methods, two rates each, one more seed at the better one.
@@ -157,6 +157,7 @@ def test_shares_of_a_gradient():
     assert shares(outside, right[:, [0, 3]].T, left[:, [1, 3]])["both"] == pytest.approx(26 / 30, abs=1e-5)
 
 
+@pytest.mark.study
 def test_what_is_captured(tmp_path, monkeypatch):
     task = quality.quick(quality.STUDIES["classification"]).task
     file = tmp_path / "quality" / "captured.jsonl"

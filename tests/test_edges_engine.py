@@ -11,7 +11,7 @@ from models import batch, odd_model, trained
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from loft_ds import CheckpointError, LoFTAdamW, offload_states, reload_states, save_checkpoint
+from loft_ds import CheckpointError, LoFTAdamW, load_checkpoint, offload_states, reload_states, save_checkpoint
 
 PARTS = ("optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_buffer")
 
@@ -223,6 +223,34 @@ def built_by_deepspeed(rank: int, world: int, stage: int) -> None:
 
 def test_deepspeed_builds_it_from_a_function(ranks):
     ranks(2)(built_by_deepspeed, 2)
+
+
+def resume_with_secondary_partitions(rank: int, world: int, folder: str) -> None:
+    import deepspeed
+
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 10}
+    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    engines = []
+    for _ in range(2):
+        model = odd_model()
+        engines.append(deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=settings)[0])
+    unbroken, resumed = engines
+    for step in range(2):
+        take_step(unbroken, step, rank, world)
+    resumed.eval()
+    resumed(batch(5)[0])  # which leaves copies of other weights
+    resumed.train()
+    save_checkpoint(unbroken, folder)
+    load_checkpoint(resumed, folder)
+    for step in range(2, 4):
+        take_step(unbroken, step, rank, world)
+        take_step(resumed, step, rank, world)
+    wanted = weights(unbroken)
+    assert all(torch.equal(now, wanted[name]) for name, now in weights(resumed).items())
+
+
+def test_a_resume_reaches_the_copies_within_a_node(ranks, tmp_path):
+    ranks(2)(resume_with_secondary_partitions, str(tmp_path))
 
 
 def save_apart(rank: int, world: int, folder: str) -> None:

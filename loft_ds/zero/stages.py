@@ -165,9 +165,12 @@ def _stage3(wrapper: Any, trainable: Trainable) -> Layout:
 
     def refresh() -> None:
         publish()
-        if wrapper.persistent_parameters:  # small ones are kept whole between steps
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        whole = wrapper.persistent_parameters  # small ones are kept whole between steps
+        if whole:
+            whole[0].partition(whole)
+        wrapper.invalidate_secondary_tensor()  # what zero_hpz_partition_size keeps within a node, also of these
+        if whole:
+            whole[0].all_gather(whole)
 
     layout = _sharded(trainable, held, flats, group, publish, refresh)
     layout.repeats_gradients = True  # averaged_gradients are views of a buffer that nobody clears

@@ -38,12 +38,12 @@ train: $(STAMP)
 	$(RUN) deepspeed $$($(BIN)/python -c '$(PROCESSES)') launch/train.py $(ARGS)
 
 # Two tests at a time; those that need launchers' real parts, time-outs or every compilation are `make rehearse`, and the
-# benchmarks and studies from end to end `make study-quick`. Both take their files one after the other.
+# benchmarks and studies from end to end `make study-quick`.
 test: lint types
 	$(RUN) python -m pytest -n 2 --dist loadfile
 
 rehearse: $(STAMP)
-	$(RUN) python -m pytest -m rehearse
+	$(RUN) python -m pytest -m rehearse -n 2 --dist loadfile
 
 study-quick: $(STAMP)
 	$(RUN) python -m pytest -m study

@@ -10,15 +10,6 @@ STAMP := $(VENV)/.installed
 PROCESSES := import torch; print("" if torch.accelerator.is_available() else "--num_accelerators $(RANKS)")
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-# The site in site/; a link that leads nowhere fails.
-docs: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(RUN) mkdocs build --strict
-
-# Tests that meet every library: with the oldest releases that pyproject.toml admits, and with the newest there are.
-MEETING := $(addprefix tests/test_,optimizer.py factors.py edges_optimizer.py edges_engine.py trainer.py)
-MOVING := accelerate|deepspeed|peft|transformers
-
 .PHONY: setup train test rehearse study-quick lint types docs oldest newest meet clean
 
 setup: $(STAMP)
@@ -54,6 +45,15 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(RUN) mypy
+
+# The site in site/; a link that leads nowhere fails.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(RUN) mkdocs build --strict
+
+# Tests that meet every library: with the oldest releases that pyproject.toml admits, and with the newest there are.
+MEETING := $(addprefix tests/test_,optimizer.py factors.py edges_optimizer.py edges_engine.py trainer.py)
+MOVING := accelerate|deepspeed|peft|transformers
 
 oldest:
 	$(MAKE) meet RELEASES=$@ PINS=constraints-oldest.txt

@@ -86,7 +86,10 @@ class LaunchArguments:
     )
     bnb_4bit_compute_dtype: str | None = field(
         default=None,
-        metadata={"help": "Of --load_in_4bit: the type of its products. Default: that of the other weights."},
+        metadata={
+            "help": "Of --load_in_4bit: the type of its products. Default: that of the other weights.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
     )
     block_size: int = field(default=128, metadata={"help": "Tokens in one training sequence."})
     eval_fraction: float = field(

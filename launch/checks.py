@@ -47,8 +47,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise LaunchError("--load_in_4bit and --load_in_8bit: choose one")
     if quantised and importlib.util.find_spec("bitsandbytes") is None:
         raise LaunchError(f"--{quantised.pop()} needs bitsandbytes: pip install 'loft_ds[quantised]'")
-    if args.bnb_4bit_compute_dtype not in (None, "float32", "bfloat16", "float16"):
-        raise LaunchError(f"--bnb_4bit_compute_dtype {args.bnb_4bit_compute_dtype}: float32, bfloat16 or float16")
     if args.head_learning_rate is not None and not args.modules_to_save:
         raise LaunchError("--head_learning_rate: nothing trains outside the adapters; name it by --modules_to_save")
 

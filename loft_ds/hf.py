@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,27 @@ def dropped_arguments(args: Any, kind: type[TrainingArguments] = TrainingArgumen
     defaults = {field.name: field.default for field in fields(kind)}
     chosen = ("optim", "optim_args", "optim_target_modules")
     return [name for name in chosen if getattr(args, name) != defaults[name]]
+
+
+def settings_of(args: TrainingArguments, model: nn.Module, decayed: Collection[str]) -> dict[str, Any]:
+    """The arguments of :class:`LoFTAdamW` that TrainingArguments say, but for the clipping norm.
+
+    Args:
+        args: a Trainer's.
+        model: what trains of it is in two groups.
+        decayed: names of the parameters that weight decay is for.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "params": [
+            {"params": [p for name, p in trained if name in decayed]},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ],
+    }
 
 
 class LoFTMixin(Base):
@@ -133,19 +155,8 @@ class LoFTMixin(Base):
         model = self.model if model is None else model
         if self.is_deepspeed_enabled and (refusal := find_model_refusal(model)):
             raise NotImplementedError(refusal)
-        decayed = set(self.get_decay_parameter_names(model))
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        settings = {
-            "lr": self.args.learning_rate,
-            "betas": (self.args.adam_beta1, self.args.adam_beta2),
-            "eps": self.args.adam_epsilon,
-            "weight_decay": self.args.weight_decay,
-            "max_grad_norm": self._max_grad_norm,
-            "params": [
-                {"params": [p for name, p in trained if name in decayed]},
-                {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-            ],
-        }
+        settings = settings_of(self.args, model, self.get_decay_parameter_names(model))
+        settings["max_grad_norm"] = self._max_grad_norm
         self.optimizer = self._loft = LoFTAdamW(model, **{**settings, **self.loft_kwargs})
         return self._loft
 

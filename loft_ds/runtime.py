@@ -341,9 +341,7 @@ class Runtime:
             others = isinstance(layout, Whole) and any(bool(rows.grad.any()) for rows in share.rows.values())
             if not any(counts) and not others:
                 raise RuntimeError(NO_GRADIENT)
-        number = {factor: i for i, factor in enumerate(self.trainable.factors)}
-        for a, b in self.trainable.pairs:
-            of_a, of_b = counts[number[a]], counts[number[b]]
+        for (a, b), of_a, of_b in zip(self.trainable.pairs, counts[::2], counts[1::2], strict=True):
             if (of_a > 0) != (of_b > 0):
                 raise RuntimeError(HALF_A_PAIR.format(a.name, b.name))
             if layout.repeats_gradients and not of_a and a in self._partook:

@@ -80,6 +80,12 @@ def free_port() -> int:
     raise AssertionError("PORTS never end")
 
 
+def unlaunched(*modules: Path) -> dict[str, str]:
+    """This process's environment without what a launcher would say, for commands that find these folders' modules."""
+    kept = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, modules))} if modules else kept
+
+
 def losses(folder: Path) -> dict[int, float]:
     """The loss of every step of a run of launch/train.py, over all its restarts."""
     return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}

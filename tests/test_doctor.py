@@ -17,7 +17,7 @@ from unittest import mock
 
 import psutil
 import pytest
-from launch_helpers import CONFIGS, ROOT, free_port, make_model
+from launch_helpers import CONFIGS, ROOT, free_port, make_model, unlaunched
 from ranks import CONTEXT
 
 from loft_ds import LoFTAdamW, doctor
@@ -348,12 +348,11 @@ def test_a_first_rank_that_does_not_come(tmp_path):
 
 
 def test_the_command_alone(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
     command = [sys.executable, "-m", "loft_ds.doctor", "--megabytes", "1", "--output_dir", str(tmp_path)]
     done = subprocess.run(
         [*command, *changed(tmp_path, zero_allow_untested_optimizer=False)],
         cwd=ROOT,
-        env=environment,
+        env=unlaunched(),
         capture_output=True,
         text=True,
         check=False,

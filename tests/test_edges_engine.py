@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import batch, odd_model, trained
 from peft import LoraConfig, get_peft_model
+from sharded_run import start_engine, train_engine
 from torch import Tensor
 
 from loft_ds import CheckpointError, LoFTAdamW, load_checkpoint, offload_states, reload_states, save_checkpoint
@@ -17,23 +19,8 @@ PARTS = ("optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_
 
 
 def engine_of(model: torch.nn.Module, stage: int, world: int, *, bf16: bool = False, **kwargs: Any) -> Any:
-    import deepspeed
-
-    settings = {
-        "train_micro_batch_size_per_gpu": 12 // world,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": bf16},
-    }
-    optimizer = LoFTAdamW(model, lr=1e-2, **kwargs)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-
-
-def take_step(engine: Any, step: int, rank: int, world: int) -> None:
-    x, y = (t.chunk(world)[rank] for t in batch(step))
-    loss = (engine(x.to(engine.communication_data_type)).float() - y).square().mean()
-    engine.backward(loss)
-    engine.step()
+    """An engine with a LoFTAdamW of its own, which takes ``kwargs``."""
+    return start_engine(model, LoFTAdamW(model, lr=1e-2, **kwargs), world, stage, bf16={"enabled": bf16})
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -57,18 +44,13 @@ def switch_adapters(rank: int, world: int, stage: int, when: str) -> None:
     optimizer = LoFTAdamW(model, lr=1e-2)
     if when == "before the engine":
         model.set_adapter("second")
-    import deepspeed
-
-    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config={**settings, "zero_optimization": {"stage": stage}}
-    )
+    engine = start_engine(model, optimizer, world, stage)
     if when == "after a step":
-        take_step(engine, 0, rank, world)
+        train_engine(engine, rank, world, [0])
     model.set_adapter("second")
     before = weights(engine)
     with pytest.raises(RuntimeError, match=r"adapter.*(build it, and the engine, anew|Build)|Build it.*set_adapter"):
-        take_step(engine, 1, rank, world)
+        train_engine(engine, rank, world, [1])
     assert all(torch.equal(now, before[name]) for name, now in weights(engine).items())
 
 
@@ -82,7 +64,7 @@ def train_one_of_two(rank: int, world: int, stage: int) -> None:
     """A loss that is flat has gradients, of zero; a second optimizer on the same model takes the watch over."""
     model = odd_model()
     engine = engine_of(model, stage, world)
-    take_step(engine, 0, rank, world)
+    train_engine(engine, rank, world, [0])
     before = weights(engine)
     x, _ = batch(1)
     engine.backward((engine(x.chunk(world)[rank]) * 0.0).sum())
@@ -90,7 +72,7 @@ def train_one_of_two(rank: int, world: int, stage: int) -> None:
     # Momentum goes on, as AdamW's does.
     assert any(not torch.equal(now, before[name]) for name, now in weights(engine).items())
     LoFTAdamW(model)
-    take_step(engine, 2, rank, world)
+    train_engine(engine, rank, world, [2])
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -156,10 +138,10 @@ def test_an_old_gradient_at_stage_3_is_refused(ranks):
 
 def freeze_half(rank: int, world: int, stage: int) -> str:
     engine = engine_of(odd_model(), stage, world)
-    take_step(engine, 0, rank, world)
+    train_engine(engine, rank, world, [0])
     next(p for name, p in engine.module.named_parameters() if "2.lora_A" in name).requires_grad_(False)
     with pytest.raises(RuntimeError) as stopped:
-        take_step(engine, 1, rank, world)
+        train_engine(engine, rank, world, [1])
     return str(stopped.value)
 
 
@@ -174,19 +156,12 @@ def test_a_pair_that_is_frozen_by_half_is_refused(ranks, stage):
 
 def hide(rank: int, world: int, stage: int) -> float:
     """The norm that a step is clipped by under an engine which gc.freeze() has hidden."""
-    import gc
-
-    import deepspeed
-
     model = odd_model()
-    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.05}
     optimizer = LoFTAdamW(model, lr=1e-2)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config={**settings, "zero_optimization": {"stage": stage}}
-    )
+    engine = start_engine(model, optimizer, world, stage, gradient_clipping=0.05)
     gc.freeze()
     try:
-        take_step(engine, 0, rank, world)
+        train_engine(engine, rank, world, [0])
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
@@ -204,7 +179,7 @@ def built_by_deepspeed(rank: int, world: int, stage: int) -> None:
     settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
     settings["zero_optimization"] = {"stage": stage}
     with pytest.raises(TypeError, match=r"LoFTAdamW is built from the model, not from list.*lambda params"):
-        deepspeed.initialize(model=odd_model(), optimizer=LoFTAdamW, config=settings)
+        start_engine(odd_model(), LoFTAdamW, world, stage)
     model = odd_model()
     parameters = list(trained(model).values())
     engine, *_ = deepspeed.initialize(
@@ -215,8 +190,8 @@ def built_by_deepspeed(rank: int, world: int, stage: int) -> None:
     )
     other = engine_of(odd_model(), stage, world)
     for step in range(2):
-        take_step(engine, step, rank, world)
-        take_step(other, step, rank, world)
+        train_engine(engine, rank, world, [step])
+        train_engine(other, rank, world, [step])
     wanted = weights(other)
     assert all(torch.equal(now, wanted[name]) for name, now in weights(engine).items())
 
@@ -226,25 +201,22 @@ def test_deepspeed_builds_it_from_a_function(ranks):
 
 
 def resume_with_secondary_partitions(rank: int, world: int, folder: str) -> None:
-    import deepspeed
-
-    zero = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 10}
-    settings = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    zero = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 10}
     engines = []
     for _ in range(2):
         model = odd_model()
-        engines.append(deepspeed.initialize(model=model, optimizer=LoFTAdamW(model, lr=1e-2), config=settings)[0])
+        engines.append(start_engine(model, LoFTAdamW(model, lr=1e-2), world, 3, zero_optimization=zero))
     unbroken, resumed = engines
     for step in range(2):
-        take_step(unbroken, step, rank, world)
+        train_engine(unbroken, rank, world, [step])
     resumed.eval()
     resumed(batch(5)[0])  # which leaves copies of other weights
     resumed.train()
     save_checkpoint(unbroken, folder)
     load_checkpoint(resumed, folder)
     for step in range(2, 4):
-        take_step(unbroken, step, rank, world)
-        take_step(resumed, step, rank, world)
+        train_engine(unbroken, rank, world, [step])
+        train_engine(resumed, rank, world, [step])
     wanted = weights(unbroken)
     assert all(torch.equal(now, wanted[name]) for name, now in weights(resumed).items())
 
@@ -255,7 +227,7 @@ def test_a_resume_reaches_the_copies_within_a_node(ranks, tmp_path):
 
 def save_apart(rank: int, world: int, folder: str) -> None:
     engine = engine_of(odd_model(), 0, world)
-    take_step(engine, 0, rank, world)
+    train_engine(engine, rank, world, [0])
     with pytest.raises(CheckpointError, match=r"under different tags, tag0, tag1"):
         save_checkpoint(engine, folder, f"tag{rank}")
     assert not list(Path(folder).iterdir())
@@ -282,8 +254,8 @@ def park(rank: int, world: int, stage: int, bf16: bool, parts: tuple[str, ...] |
             assert parked.optimizer.offloaded_states == set(parts or PARTS) - left_to_us
             reload_states(parked)
             assert not parked.optimizer.offloaded_states
-        take_step(unbroken, step, rank, world)
-        take_step(parked, step, rank, world)
+        train_engine(unbroken, rank, world, [step])
+        train_engine(parked, rank, world, [step])
     wanted = weights(unbroken)
     assert all(torch.equal(now, wanted[name]) for name, now in weights(parked).items())
 
@@ -301,11 +273,11 @@ def test_parts_of_an_engine_are_parked(ranks, parts):
 
 def park_wrongly(rank: int, world: int) -> None:
     engine = engine_of(odd_model(), 2, world)
-    take_step(engine, 0, rank, world)
+    train_engine(engine, rank, world, [0])
     with pytest.raises(TypeError, match=r"loft_ds\.offload_states\(engine\)"):
         engine.offload_states(pin_memory=False)
     whole = engine_of(odd_model(), 0, world)
-    take_step(whole, 0, rank, world)
+    train_engine(whole, rank, world, [0])
     with pytest.raises(ValueError, match="stages 1 to 3 alone"):
         offload_states(whole)
     with pytest.raises(ValueError, match="weights"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch_helpers import CONFIGS, ROOT, free_port, make_model
+from launch_helpers import CONFIGS, ROOT, free_port, make_model, unlaunched
 from safetensors.torch import load_file
 
 EXAMPLES = ROOT / "examples"
@@ -108,8 +108,7 @@ def run(models, tmp_path_factory):
         (out / "accelerate.yaml").write_text(YAML)
         program, *rest = [word.replace("PORT", str(free_port())).replace("OUT", str(out)) for word in launcher]
         command = [Path(sys.executable).parent / program, *rest, __file__, json.dumps(work)]
-        environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT / "launch", *(PACKAGES[p] for p in packages)]))
+        environment = unlaunched(ROOT / "launch", *(PACKAGES[package] for package in packages))
         return out, subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     def run_group(group: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch_helpers import CONFIGS, ROOT, free_port, make_model, write_text
+from launch_helpers import CONFIGS, ROOT, free_port, make_model, unlaunched, write_text
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -478,8 +477,7 @@ def test_a_head_under_accelerate_launch(tmp_path, model, text):
         *("--modules_to_save", "lm_head", "--save_steps", "2", "--save_strategy", "steps"),
         *("--output_dir", str(out), "--report_to", "none"),
     ]
-    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=unlaunched(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["deepspeed"], metrics["zero_stage"]) == ("accelerate launch", 3)
@@ -500,8 +498,7 @@ def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model,
         *("--max_steps", "6", "--block_size", "32", "--lora_rank", "4", "--learning_rate", "1e-2"),
         *("--output_dir", str(out), "--report_to", "tensorboard"),
     ]
-    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=unlaunched(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     first, second = (file.read_text() for file in sorted((tmp_path / "ranks").iterdir()))
     assert first.count("Held-out loss") == 1

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_helpers import ROOT, free_port, make_model, write_text
+from launch_helpers import ROOT, free_port, make_model, unlaunched, write_text
 from safetensors.torch import load_file
 from scaling import TINY
 
@@ -23,8 +22,7 @@ def run(*command: str | Path) -> str:
     """What a command prints that finds the packages."""
     if not PACKAGES.is_dir():
         pytest.skip(f"bitsandbytes, hqq, torchao and quanto are not in {PACKAGES}: run make setup")
-    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    environment["PYTHONPATH"] = f"{PACKAGES}:{ROOT / 'benchmarks'}"
+    environment = unlaunched(PACKAGES, ROOT / "benchmarks")
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..hf import settings_of
 from ..optimizer import LoFTAdamW
 
 
@@ -21,18 +22,7 @@ def build_optimizer(model: nn.Module, args: TrainingArguments, **kwargs: Any) ->
         args: the Trainer's; see above for what is written into them.
         kwargs: arguments of :class:`LoFTAdamW` in place of those.
     """
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    settings: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "params": [
-            {"params": [p for name, p in trained if name in decayed]},
-            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-        ],
-    }
+    settings = settings_of(args, model, Trainer.get_decay_parameter_names(None, model))
     if args.deepspeed_plugin is None:  # under DeepSpeed the JSON has it: see docs/settings.md
         settings["max_grad_norm"] = args.max_grad_norm or None
         args.max_grad_norm = 0.0

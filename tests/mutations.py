@@ -91,6 +91,10 @@ BREAKS = [
         "test_reference.py",
     ),
     Break("step.py", "decay=lead.lr * lead.group", "decay=lead.group", "test_full_rank.py"),
+    Break("runtime.py", "if not any(counts) and", "if False and", "test_edges_engine.py -k another_adapter"),
+    Break("runtime.py", "if (of_a > 0) != (of_b > 0):", "if False:", "test_edges_engine.py -k frozen_by_half"),
+    Break("runtime.py", "if layout.repeats_gradients and", "if False and", "test_edges_engine.py -k old_gradient"),
+    Break("runtime.py", "not of_a and a in self._partook", "not of_a", "test_edges_engine.py -k old_gradient"),
     Break("runtime.py", "own - twice", "own + twice", "test_reference.py test_optimizer.py"),
     Break("runtime.py", "(norm + 1e-6)).clamp(max=1.0)", "(norm + 1e-6))", "test_reference.py test_optimizer.py"),
     Break(
@@ -134,6 +138,15 @@ BREAKS = [
         'variant["joint_rank"] = JOINT_RANK',
         'variant["joint_rank"] = 0',
         "test_checkpoint.py -k another_rule",
+    ),
+    Break(
+        "state_dict.py",
+        "        raise TypeError(\n            f\"LoFT's state is made",
+        "        str(\n            f\"LoFT's state is made",
+        "test_optimizer.py -k assigned",
+    ),
+    Break(
+        "optimizer.py", "if not isinstance(model, nn.Module):", "if False:", "test_edges_engine.py -k deepspeed_builds"
     ),
     Break("state_dict.py", "if strange or any(", "if strange and any(", "test_optimizer.py test_edges_optimizer.py"),
     Break("adapters.py", "if rank > min(m, n):", "if rank > max(m, n):", "test_factors.py"),
@@ -217,9 +230,31 @@ BREAKS = [
     Break("zero/engine.py", "if row is not None and any(", "if row is None and any(", "test_loud.py -k swapped"),
     Break(
         "zero/stages.py",
-        "if wrapper.persistent_parameters:  #",
-        "if not wrapper:  #",
+        "            whole[0].all_gather(whole)\n",
+        "            pass\n",
         "test_sharded.py -k masters_that",
+    ),
+    Break("zero/stages.py", "wrapper.invalidate_secondary_tensor()", "pass", "test_edges_engine.py -k copies_within"),
+    Break("zero/stages.py", "if left_out := [", "if False and [", "test_edges_engine.py -k another_adapter"),
+    Break("zero/engine.py", "if gc.get_freeze_count() and", "if False and", "test_edges_engine.py -k gc_has_frozen"),
+    Break("zero/attachment.py", "p.dtype.itemsize == 2", "p.dtype.itemsize == 3", "test_edges_optimizer.py -k 16_bits"),
+    Break(
+        "zero/attachment.py",
+        "            self._arrivals[number] += 1\n",
+        "            pass\n",
+        "test_sharded.py -k loss",
+    ),
+    Break(
+        "zero/unsupported.py",
+        '_master_weights_and_grads") is True',
+        '_master_weights_and_grads") is None',
+        "test_unsupported.py",
+    ),
+    Break(
+        "zero/unsupported.py",
+        "bool(config.bfloat16_config.bf16_master_weights_and_grads) or",
+        "False or",
+        "test_unsupported.py",
     ),
     Break(
         "zero/stages.py",
@@ -259,6 +294,7 @@ BREAKS = [
         "if buffers := {}:",
         "test_checkpoint.py -k 'buffers'",
     ),
+    Break("checkpoint/save.py", ")) > 1:", ")) > 9:", "test_edges_engine.py -k different_tags"),
     Break("checkpoint/load.py", "if digest(file) != expected:", "if not expected:", "test_checkpoint.py -k 'damage'"),
     Break(
         "checkpoint/load.py",
@@ -298,6 +334,12 @@ BREAKS = [
         "control.should_training_stop = True",
         "test_trainer.py -k sigterm",
     ),
+    Break(
+        "quantised.py", "is_traceable_wrapper_subclass(p))", "p is None)", "test_quantised.py -k 'refused and under'"
+    ),
+    Break(
+        "hf.py", '"weight_decay": args.weight_decay', '"weight_decay": 0.0', "test_trainer.py -k 'not under_deepspeed'"
+    ),
     Break("quantised.py", "layer.support_avx512bf16_for_cpu = False", "pass", "test_optimizer.py -k packed"),
     Break(
         "plan/memory.py",
@@ -330,6 +372,13 @@ BREAKS = [
     Break("doctor/job.py", "given[1] * given[2] * world", "given[1] * given[2]", "test_doctor.py -k batch_size"),
     Break("doctor/step.py", "if not value <= TOLERANCE", "if value < 0", "test_doctor.py -k learning_rate"),
     Break("doctor/command.py", "return int(any(", "return int(all(", "test_doctor.py -k illness"),
+    Break(
+        "plan/base.py",
+        "BLOCK, BLOCK_OF_SCALES = 64, 256",
+        "BLOCK, BLOCK_OF_SCALES = 128, 256",
+        "test_plan.py -k smaller",
+    ),
+    Break("plan/traffic.py", "bytes_ * (1 + again)", "elements * (1 + again)", "test_plan.py -k travels_as_bytes"),
     Break("plan/base.py", "-(-layer.numel // 2) if", "layer.numel if", "test_plan.py -k quantised_base_is_smaller"),
     Break("plan/plan.py", "(6 * weights", "(2 * weights", "test_plan.py -k seconds_of"),
     Break("plan/shapes.py", 'if kind == "qwen2"', 'if kind == "qwen"', "test_plan.py -k builtin"),

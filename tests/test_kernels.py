@@ -1,6 +1,8 @@
 """Every path of the kernels against the reference in float64, on fresh random input."""
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from loft_ds import kernels
 from loft_ds.algebra import cauchy_schwarz_bound, pack
-from loft_ds.kernels import Quotient, reference, storage, tiled
+from loft_ds.kernels import Quotient, compiled, reference, storage, tiled
 
 BETA1, BETA2, STEPS = 0.9, 0.99, 40
 
@@ -93,10 +95,31 @@ UPDATE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 MOMENT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 
 
+# What a CPU has, from the least to the most, as torch names it.
+CAPABILITIES = ["DEFAULT", *reversed(compiled.INSTRUCTIONS)]
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test by plain torch, and by what is compiled for each kind of CPU that this one can do."""
+    most = torch.backends.cpu.get_cpu_capability()
+    if CAPABILITIES.index(request.param) > (CAPABILITIES.index(most) if most in CAPABILITIES else 0):
+        pytest.skip(f"this CPU has no {request.param}")
+    plain = request.param == "DEFAULT"
+    monkeypatch.setattr(compiled, "library", lambda: None if plain else compiled.load_library(request.param))
+    return request.param
+
+
+DTYPES = pytest.mark.parametrize(
+    ("capability", "dtype"), [("DEFAULT", torch.float64), *((each, torch.float32) for each in CAPABILITIES)],
+    indirect=["capability"],
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["projected_update", "normalized_update"])
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_update(name: str, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [*RANKS, 128])
+@DTYPES
+def test_update(name: str, rank: int, capability: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one pair, and of three together, of which two fit in a tile."""
     monkeypatch.setattr(tiled, "TILE_ROWS", 150)
     for seed, (k, n) in enumerate(SHAPES):
@@ -125,32 +148,32 @@ def test_update_across_tiles(k: int, n: int, rank: int) -> None:
     assert_close(actual, expected, UPDATE_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@DTYPES
 @pytest.mark.parametrize("bound", [cauchy_schwarz_bound(BETA1, BETA2, STEPS), 0.5, math.inf])
-def test_bound(bound: float, dtype: torch.dtype) -> None:
+def test_bound(bound: float, capability: str, dtype: torch.dtype) -> None:
     """0.5 clamps most entries."""
     momentum, packed = moments(50, 6, seed=1)
     basis = rows(40, 6, seed=2)
     expected = reference.projected_update(momentum, packed, basis, quotient_of(basis, bound))
     momentum, packed, basis = (t.to(dtype) for t in (momentum, packed, basis))
-    actual = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis, bound))
+    actual = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis, bound))
     assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_vanishing_second_moment_gives_no_update(dtype: torch.dtype) -> None:
+@DTYPES
+def test_vanishing_second_moment_gives_no_update(capability: str, dtype: torch.dtype) -> None:
     """Rounding can drive V to zero, or below, where M is not: the clamp decides, not a division by eps."""
     momentum = torch.ones(3, 2, dtype=dtype)
     packed = torch.tensor([[0.0, 0, 0], [-1e-9, 0, -1e-9], [1.0, -1, 1]], dtype=dtype)
     basis = torch.ones(4, 2, dtype=dtype)
-    assert alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis)).abs().max() < 1e-6
+    assert alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis)).abs().max() < 1e-6
 
 
-def test_nan_is_not_hidden() -> None:
-    momentum, packed = moments(4, 3, seed=1)
+def test_nan_is_not_hidden(capability: str) -> None:
+    momentum, packed = (t.float() for t in moments(4, 3, seed=1))
     momentum[1, 0] = math.nan
-    basis = rows(5, 3, seed=2)
-    update = alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis))
+    basis = rows(5, 3, seed=2).float()
+    update = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
     assert update[1].isnan().all()
     assert update[[0, 2, 3]].isfinite().all()
 
@@ -180,12 +203,12 @@ def test_at_rank_one_it_is_adam_on_the_factor() -> None:
     assert_close(update, adam * basis.abs().sum(), UPDATE_TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [*RANKS, 128])
+@DTYPES
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_accumulate(
-    rank: int, dtype: torch.dtype, pending: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
+    rank: int, capability: str, dtype: torch.dtype, pending: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one pair, and of three together, of which two fit in a tile."""
     monkeypatch.setattr(tiled, "TILE_ROWS", 80)
@@ -217,7 +240,7 @@ def test_accumulate_across_tiles() -> None:
     assert_close(packed, expected, MOMENT_TOLERANCE[torch.float64])
 
 
-def test_bfloat16_is_only_storage() -> None:
+def test_bfloat16_is_only_storage(capability: str) -> None:
     """Arithmetic stays float32: the update is that of the stored numbers, an accumulation rounds once, at the end."""
     momentum, packed = moments(300, 16, seed=1)
     stored, basis = packed.bfloat16(), rows(200, 16, seed=2)
@@ -252,6 +275,47 @@ def test_rounding_leaves_what_bfloat16_has() -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-120, 3e38, math.inf, -math.inf]).bfloat16().float()
     assert torch.equal(storage.round_stochastically(values, seed=1).float(), values)
     assert storage.round_stochastically(torch.tensor([math.nan]), seed=1).isnan().all()
+
+
+def test_all_paths_round_the_same_bits(capability: str) -> None:
+    """Of ``g * g``, which no order of sums changes."""
+    gradient = torch.cat([rows(301, 1, seed=1).float(), torch.tensor([[math.inf], [0.0], [1e-30], [math.nan]])])
+    stored = torch.zeros(len(gradient), 1, dtype=torch.bfloat16)
+    alone(kernels.accumulate_second_moment_)(stored, gradient, 0.0, seed=7)
+    assert stored[-1].isnan()  # which of its bits are set means nothing
+    assert torch.equal(stored[:-1], storage.round_stochastically(gradient[:-1] ** 2, 7))
+
+
+@pytest.mark.parametrize("capability", compiled.INSTRUCTIONS, indirect=True)
+def test_compiled_rows_are_the_same_wherever_they_are_cut(capability: str) -> None:
+    """To the last bit, on which resuming and sharding build."""
+    momentum, packed = (t.float() for t in moments(431, 5, seed=1))
+    basis, gradient, rotation = (t.float() for t in (rows(700, 5, seed=2), rows(431, 5, seed=3), contraction(5, 4)))
+    whole, parts = packed.clone(), packed.clone()
+    alone(kernels.accumulate_second_moment_)(whole, gradient, BETA2, rotation=rotation)
+    update = alone(kernels.projected_update)(momentum, whole, basis, quotient_of(basis))
+    for some in (slice(0, 7), slice(7, 200), slice(200, 431)):
+        alone(kernels.accumulate_second_moment_)(parts[some], gradient[some], BETA2, rotation=rotation)
+        part = alone(kernels.projected_update)(momentum[some], parts[some], basis, quotient_of(basis))
+        assert torch.equal(part, update[some])
+    assert torch.equal(parts, whole)
+
+
+def test_where_nothing_can_be_compiled_plain_torch_takes_over(tmp_path, monkeypatch, caplog) -> None:
+    (tmp_path / "broken.cpp").write_text("#error no compiler takes this\n")
+    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "broken.cpp")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(compiled, "library", functools.cache(compiled.library.__wrapped__))
+    momentum, packed = (t.float() for t in moments(3, 2, seed=1))
+    basis = rows(4, 2, seed=2).float()
+    with caplog.at_level(logging.WARNING):
+        update = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
+        alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
+    (said,) = (r.getMessage() for r in caplog.records if r.name == compiled.__name__)
+    assert "plain torch kernels on this CPU, which are slower: Error building extension 'loft_ds_avx2" in said
+    assert torch.equal(update, alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis)))
+    assert list((tmp_path / "extensions").iterdir()) == [], "what others would find is whole or not there"
 
 
 def test_bfloat16_does_not_stall() -> None:

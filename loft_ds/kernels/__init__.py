@@ -1,4 +1,7 @@
-"""The two passes over the second moments of a batch of pairs alike: tiled torch, and fused for CUDA; where they lie."""
+"""The two passes over the second moments of a batch of pairs alike, and where these lie.
+
+In plain torch (:mod:`.tiled`), in C++ for x86 CPUs (:mod:`.compiled`), and in Triton for CUDA (:mod:`.fused`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import tiled
+from . import compiled, tiled
 from .reference import Quotient
 from .stream import Resident, Stream, at_home, zeros_at_home
 from .tiled import normalized_update
@@ -38,8 +41,8 @@ def _fused() -> ModuleType | None:
 
 
 def _implementation(factor: Tensor, packed: Sequence[Tensor]) -> ModuleType:
-    fused = _fused() if factor.is_cuda else None
-    return fused if fused is not None and fused.supports(factor, packed[0]) else tiled
+    fast = _fused() if factor.is_cuda else compiled if factor.device.type == "cpu" else None
+    return fast if fast is not None and fast.supports(factor, packed[0]) else tiled
 
 
 def projected_update(

@@ -1,20 +1,21 @@
 """What an optimizer step costs: time and peak extra memory, every alternative side by side.
 
     python benchmarks/step_time.py --quick                       # a minute, prints only
-    python benchmarks/step_time.py --official PATH --output benchmarks/results
+    python benchmarks/step_time.py --official PATH --output benchmarks/results   # PATH: github.com/tnurbek/loft
 
 A cell is one linear layer of a real model at one rank. All methods of a cell run in turn in the same process, sample
 by sample, and so do the matrix product and the copy whose rates give the floor: what else the machine does hits all of
-them. A sample is the mean of two steps, because LoFT moves ``B`` in one and ``A`` in the next; a time is the median.
+them. A sample is the mean of two steps, because an alternating LoFT moves ``B`` in one and ``A`` in the next; a time is
+the median. On a CPU it is CPU time of one thread, so that other processes cost nothing.
 
-The authors' code moves one factor of a pair a step. So does LoFT in the cells of rank 16 and above ("alternate"), that
-like be compared with like; at 16 its default is to move both, which is twice the work. At ranks 1 and 4 it moves
-both ("joint"). The share of a training step is given for the default and for alternating factors.
+``LoFT`` is the default: both factors move on every step up to rank ``JOINT_RANK``, one of them above. The authors' code
+moves one at any rank, as ``LoFT alternating`` does.
 
 The floor of a step is ``max(arithmetic / matrix-product rate, bytes / copy rate)``, with the arithmetic that LoFT needs
 with packed second moments (no square root, no division) and every number of its state read and written once.
 
-Extra memory is the highest that torch's allocator stood above its level before the step, in a step of its own.
+Extra memory is the highest that torch's allocator stood above its level before the step, in a step of its own. What a
+thread of the compiled kernels takes by itself, some MB at most, is not in it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 from loft_ds import Blocks, LoFTAdamW, kernels
 from loft_ds.algebra import products_in
+from loft_ds.blocks import JOINT_RANK
 from provenance import commit_of, provenance
 
 # The distinct linear layers (out, in) of each model.
@@ -48,19 +52,15 @@ MODELS = {
     "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
     "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
+# How often each of the first's is in it.
+LAYERS = dict(zip(MODELS["SmolLM2-135M"], (60, 60, 60, 30), strict=True))
 RANKS = [1, 4, 16, 64, 128]
 LOFT, ALTERNATE, SIMPLE, OFFICIAL = "LoFT", "LoFT alternating", "LoFT simple", "authors' LoFT"
-FOREACH, FUSED, FULL = "AdamW foreach", "AdamW fused", "AdamW full matrix"
-METHODS = [LOFT, OFFICIAL, SIMPLE, FOREACH, FUSED, FULL]
-Turns = Literal["auto", "alternate", "joint"]
+FUSED, CPU_ADAM, LORA_FA, FULL = "AdamW fused", "DeepSpeedCPUAdam", "LoRA-FA", "AdamW full matrix"
+METHODS = [LOFT, ALTERNATE, OFFICIAL, SIMPLE, FUSED, CPU_ADAM, LORA_FA, FULL]
 
 PRODUCT_SIZE, COPY_SIZE = 2048, 1 << 26
 GIB = 2**30
-
-
-def turns_of(rank: int) -> Turns:
-    """What LoFT's factors do in a cell of this rank."""
-    return "joint" if rank <= 4 else "alternate"
 
 
 def synchronize(device: torch.device) -> None:
@@ -69,11 +69,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """CPU time on a CPU, all else by the clock on the wall."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
@@ -118,7 +120,8 @@ class Step:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
         self.optimizer = optimizer
-        self.parameters = parameters
+        self.parameters = [p for p in parameters if p.requires_grad]  # LoRA-FA has frozen some
+        parameters = self.parameters
         self.gradients = [[torch.randn_like(p) * 1e-3 for p in parameters] for _ in range(2)]
 
     def __call__(self) -> None:
@@ -134,17 +137,24 @@ def build(method: str, shape: tuple[int, int], rank: int, device: torch.device) 
         parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
         return Step(torch.optim.AdamW([parameter], fused=True), [parameter])
     model = adapted_linear(shape, rank, device)
-    return Step(optimizer_of(method, model, turns_of(rank)), [p for p in model.parameters() if p.requires_grad])
-
-
-def optimizer_of(method: str, model: nn.Module, turns: Turns = "auto") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if method in (LOFT, SIMPLE):
-        blocks = Blocks(turns=turns, second_moment="matrix" if method == LOFT else "elementwise")
-        return LoFTAdamW(model, lr=1e-4, blocks=blocks)
+    return Step(optimizer_of(method, model), parameters)
+
+
+def optimizer_of(method: str, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if method in (LOFT, ALTERNATE, SIMPLE):
+        blocks = Blocks(second_moment="elementwise" if method == SIMPLE else "matrix")
+        return LoFTAdamW(model, lr=1e-4, blocks=blocks, turns="alternate" if method == ALTERNATE else None)
     if method == OFFICIAL:
         return importlib.import_module("loft_optim.optimizer").LoFTAdamW(parameters, lr=1e-4, model=model)
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=method == FUSED, foreach=method == FOREACH)
+    if method == CPU_ADAM:
+        return DeepSpeedCPUAdam(parameters, lr=1e-4, adamw_mode=True)
+    if method == LORA_FA:
+        assert isinstance(model, peft.PeftModel)
+        rank = model.peft_config["default"].r
+        return create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=1e-4)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
 
 def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
@@ -152,7 +162,7 @@ def floor(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     move jointly, of both.
     """
     packed = rank * (rank + 1) // 2
-    joint = turns_of(rank) == "joint"
+    joint = rank <= JOINT_RANK
     moves = 2 if joint else 1  # of a factor in two steps
     # Products of its rows and (r, r) matrices in two steps, of a Gram matrix only a triangle. As it leads: gradient, U
     # to the factor, Gram matrix and cross product; as it follows: gradient, momentum, pending, Gram matrix. Jointly
@@ -174,7 +184,7 @@ def needed_bytes(method: str, shape: tuple[int, int], rank: int) -> float:
     """State and temporaries, to leave out what cannot fit."""
     packed, size = rank * (rank + 1) // 2, shape[0] * shape[1]
     return {
-        LOFT: 4 * sum(shape) * (packed + 12 * rank) + 2**27,
+        **dict.fromkeys((LOFT, ALTERNATE), 4 * sum(shape) * (packed + 12 * rank) + 2**27),
         # (k, r, r) twice while it is rotated; the (k, r, l) product and its product with T.
         OFFICIAL: 4 * (2 * sum(shape) * rank**2 + 2 * size * rank + 2 * size),
         FULL: 4 * 5 * size,
@@ -209,7 +219,7 @@ def measure_cell(
         if needed > 0.9 * available_bytes(device):
             results[method] = {"note": f"needs about {needed / GIB:.0f} GiB"}
             continue
-        if tflop > most_tflop and method in (LOFT, OFFICIAL):
+        if tflop > most_tflop and method in (LOFT, ALTERNATE, OFFICIAL):
             results[method] = {"note": f"needs {tflop:.1f} TFLOP"}
             continue
         steps[method] = build(method, shape, rank, device)
@@ -219,41 +229,62 @@ def measure_cell(
     # The kernels' float32 products are three TF32 ones where they use tensor cores: no slower way is a floor.
     fused = kernels._fused() if device.type == "cuda" else None
     passes = 3 if fused is not None and fused._precision(device) == "tf32x3" else 1
-    left, right = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device) for _ in range(2))
-    product = torch.empty_like(left)
-    source = torch.ones(COPY_SIZE, device=device)
-    target = torch.empty_like(source)
-    rates: dict[str, list[float]] = {"flops": [], "bytes": []}
+    rates = Rates(device, passes)
     for repeat in range(repeats):
         for method, step in steps.items():
             samples = results[method]["samples"]
             if repeat == 0 or sum(samples) * 2 * (1 + 1 / len(samples)) < limit:
                 samples.append(seconds(step, device) / 2)
-        for _ in range(2 if repeat == 0 else 1):  # the first of all warms up
-            with products_in("tf32" if passes == 3 else "ieee"):
-                product_time = passes * seconds(lambda: torch.mm(left, right, out=product), device)
-            copy_time = seconds(lambda: target.copy_(source), device)
-        rates["flops"].append(2 * PRODUCT_SIZE**3 / product_time)
-        rates["bytes"].append(2 * source.nbytes / copy_time)
+        rates.measure()
     for result in results.values():
         if "samples" in result:
             result["seconds"] = statistics.median(result["samples"])
             result["best_seconds"] = min(result["samples"])
-    operations, moved = floor(shape, rank)
-    rate = {key: statistics.median(values) for key, values in rates.items()}
     return {
         "shape": list(shape),
         "rank": rank,
-        "turns": turns_of(rank),
-        "methods": {m: results[m] for m in methods},
-        "product_flops": rate["flops"],
-        "copy_bytes": rate["bytes"],
+        "methods": {m: results[m] for m in methods if m in results},
+        **rates.medians(),
         "load_average": os.getloadavg()[0],
-        "floor_seconds": max(operations / rate["flops"], moved / rate["bytes"]),
+        "floor_seconds": rates.floor_of(shape, rank),
     }
 
 
-def measure_training(rank: int, device: torch.device, repeats: int) -> dict[str, Any]:
+class Rates:
+    """What a machine does in matrix products and copies, measured now and then.
+
+    Args:
+        device: where.
+        passes: a float32 product is so many of the unit's.
+    """
+
+    def __init__(self, device: torch.device, passes: int = 1) -> None:
+        self.device, self.passes = device, passes
+        self.left, self.right = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device) for _ in range(2))
+        self.source = torch.ones(COPY_SIZE, device=device)
+        self.product, self.target = torch.empty_like(self.left), torch.empty_like(self.source)
+        self.flops: list[float] = []
+        self.bytes: list[float] = []
+        self.measure()
+        self.flops, self.bytes = [], []  # that was to warm up
+
+    def measure(self) -> None:
+        with products_in("tf32" if self.passes == 3 else "ieee"):
+            time = self.passes * seconds(lambda: torch.mm(self.left, self.right, out=self.product), self.device)
+        self.flops.append(2 * PRODUCT_SIZE**3 / time)
+        self.bytes.append(2 * self.source.nbytes / seconds(lambda: self.target.copy_(self.source), self.device))
+
+    def medians(self) -> dict[str, float]:
+        return {"product_flops": statistics.median(self.flops), "copy_bytes": statistics.median(self.bytes)}
+
+    def floor_of(self, shape: tuple[int, int], rank: int) -> float:
+        """Seconds of one step."""
+        operations, moved = floor(shape, rank)
+        rate = self.medians()
+        return max(operations / rate["product_flops"], moved / rate["copy_bytes"])
+
+
+def measure_training(rank: int, methods: list[str], device: torch.device, repeats: int) -> dict[str, Any]:
     """The optimizer's share of a training step of a Llama with SmolLM2-135M's shapes, on 4 x 512 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -275,8 +306,9 @@ def measure_training(rank: int, device: torch.device, repeats: int) -> dict[str,
     def forward_backward() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
 
-    optimizers = {m: optimizer_of(m, model) for m in (LOFT, SIMPLE, FOREACH, FUSED)}
-    optimizers[ALTERNATE] = optimizer_of(LOFT, model, "alternate")
+    left_out = (FULL, LORA_FA)  # these would train other parameters
+    optimizers = {m: optimizer_of(m, model) for m in methods if m not in left_out}
+    rates = Rates(device)
     samples: dict[str, list[float]] = {name: [] for name in ["forward and backward", *optimizers]}
     for repeat in range(-1, repeats):
         elapsed = []
@@ -293,115 +325,18 @@ def measure_training(rank: int, device: torch.device, repeats: int) -> dict[str,
             pair = statistics.mean(seconds(optimizer.step, device) for _ in range(2))
             if repeat >= 0:
                 samples[name].append(pair)
-    return {"rank": rank, "tokens": tokens.numel(), "seconds": {n: statistics.median(s) for n, s in samples.items()}}
+        rates.measure()
+    return {
+        "rank": rank,
+        "tokens": tokens.numel(),
+        "seconds": {name: statistics.median(each) for name, each in samples.items()},
+        **rates.medians(),
+        "floor_seconds": sum(count * rates.floor_of(shape, rank) for shape, count in LAYERS.items()),
+    }
 
 
 def show_time(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def show_bytes(value: float) -> str:
-    return f"{value / 2**20:.1f} MiB" if value < GIB else f"{value / GIB:.2f} GiB"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def report(data: dict[str, Any]) -> Iterator[str]:
-    """The results in Markdown."""
-    where = data["environment"]
-    yield "# Time and extra memory of one optimizer step"
-    yield (
-        f"{where['device']}, {where['dtype']}, {where['date']}, commit `{(where['commit'] or 'unknown')[:12]}`"
-        + (f", authors' code at `{where['official_commit'][:12]}`" if where["official_commit"] else "")
-        + ", "
-        + ", ".join(f"{name} {v}" for name, v in where["versions"].items() if v)
-        + f".\n\nMade by `{where['command']}`. What is measured, and what the floor is, stands at the top of that file."
-        + ("" if data["cuda"] else "\n\n**On a GPU: not measured.** No CUDA device was at hand.")
-    )
-    for model in dict.fromkeys(cell["model"] for cell in data["cells"]):
-        cells = [cell for cell in data["cells"] if cell["model"] == model]
-        methods = [m for m in METHODS if m in cells[0]["methods"]]
-        for title, key, show in (("seconds", "seconds", show_time), ("extra memory", "extra_bytes", show_bytes)):
-            yield f"## {model}: {title}"
-            header = ["(out, in)", "r", "LoFT's factors", *methods]
-            if key == "seconds":
-                header += ["floor", "floor / LoFT", "authors' / LoFT"]
-            rows = []
-            for cell in cells:
-                values = [cell["methods"][m] for m in methods]
-                row = [str(tuple(cell["shape"])), str(cell["rank"]), cell["turns"]]
-                row += [show(v[key]) if key in v else v["note"] for v in values]
-                if key == "seconds":
-                    loft, official = cell["methods"][LOFT].get(key), cell["methods"].get(OFFICIAL, {}).get(key)
-                    row.append(show(cell["floor_seconds"]))
-                    row.append(f"{cell['floor_seconds'] / loft:.0%}" if loft else "")
-                    row.append(f"{official / loft:.1f}" if loft and official else "")
-                rows.append(row)
-            yield table(header, rows)
-    if data["training"]:
-        yield "## Share of a training step, SmolLM2-135M's shapes"
-        yield (
-            "A Llama of SmolLM2-135M's configuration with random weights, adapters on all 210 linear layers, 4 x 512 "
-            "tokens, no gradient checkpointing. In brackets: the optimizer's part of forward, backward and step. "
-            + "; ".join(
-                f"r = {r['rank']}: {r['device']}, {r['date']}, commit `{(r['commit'] or 'unknown')[:12]}`"
-                for r in data["training"]
-            )
-            + "."
-        )
-        names = list(data["training"][0]["seconds"])
-        rows = []
-        for run in data["training"]:
-            base = run["seconds"][names[0]]
-            row = [show_time(base)]
-            row += [
-                f"{show_time(run['seconds'][n])} ({run['seconds'][n] / (base + run['seconds'][n]):.1%})"
-                for n in names[1:]
-            ]
-            rows.append([str(run["rank"]), str(run["tokens"]), *row])
-        yield table(["r", "tokens", *names], rows)
-
-
-def plot(data: dict[str, Any], path: Path) -> None:
-    """Time and extra memory over the rank, for the square layer of each model."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    squares = [c for c in data["cells"] if c["shape"][0] == c["shape"][1]]
-    shapes = list(dict.fromkeys((c["model"], tuple(c["shape"])) for c in squares))
-    figure, axes = plt.subplots(2, len(shapes), figsize=(4.2 * len(shapes), 7), sharex=True, squeeze=False)
-    for column, (model, shape) in enumerate(shapes):
-        cells = [c for c in squares if (c["model"], tuple(c["shape"])) == (model, shape)]
-        for method in METHODS:
-            for axis, key, unit in ((axes[0][column], "seconds", 1e3), (axes[1][column], "extra_bytes", 2**-20)):
-                known = [
-                    (c["rank"], c["methods"][method][key] * unit) for c in cells if key in c["methods"].get(method, {})
-                ]
-                if known:
-                    style = {"linewidth": 2.5 if method == LOFT else 1.2, "marker": "o", "markersize": 4}
-                    axis.plot(*zip(*known, strict=True), label=method, **style)
-        axes[0][column].plot(
-            [c["rank"] for c in cells], [c["floor_seconds"] * 1e3 for c in cells], "k--", label="floor"
-        )
-        axes[0][column].set_title(f"{model}, {shape[0]} x {shape[1]}")
-        axes[1][column].set_xlabel("rank")
-        for axis in axes[:, column]:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks([c["rank"] for c in cells], [str(c["rank"]) for c in cells])
-            axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("one step, ms")
-    axes[1][0].set_ylabel("extra memory, MiB")
-    axes[0][-1].legend(fontsize=8)
-    figure.suptitle(data["environment"]["device"], fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def write(data: dict[str, Any], folder: Path | None) -> None:
@@ -410,8 +345,6 @@ def write(data: dict[str, Any], folder: Path | None) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step_time.json").write_text(json.dumps(data, indent=1) + "\n")
-    (folder / "step_time.md").write_text("\n\n".join(report(data)) + "\n")
-    plot(data, folder / "step_time.png")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -424,11 +357,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=40.0, help="seconds of samples that a method may take in a cell")
     parser.add_argument("--most-tflop", type=float, default=math.inf, help="leave LoFT out where a step needs more")
-    parser.add_argument("--training-ranks", nargs="*", type=int, default=[16, 64])
+    parser.add_argument("--training-ranks", nargs="*", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--training-only", action="store_true", help="keep the cells that lie in the output folder")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="folder for step_time.json, .md and .png")
+    parser.add_argument("--output", type=Path, help="folder of step_time.json")
     arguments = parser.parse_args()
     if arguments.training_only and (arguments.quick or not arguments.output):
         parser.error("--training-only needs the folder of the cells, --output, and no --quick")
@@ -438,9 +371,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    methods = [m for m in METHODS if m != OFFICIAL or arguments.official]
+    torch.set_num_threads(arguments.threads)
+    methods = [m for m in METHODS if (m != OFFICIAL or arguments.official) and (m != CPU_ADAM or device.type == "cpu")]
     if arguments.official:
         sys.path.insert(0, str(arguments.official))
     models, ranks, repeats = arguments.models, arguments.ranks, arguments.repeats
@@ -470,10 +402,9 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
     for rank in arguments.training_ranks:
-        data["training"].append({**measure_training(rank, device, min(3, repeats)), **provenance(device)})
+        data["training"].append({**measure_training(rank, methods, device, min(3, repeats)), **provenance(device)})
         print(data["training"][-1], flush=True)
         write(data, arguments.output)
-    print("\n\n".join(report(data)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ factor  its rows ``X`` (k, r)  the other's rows ``T`` (l, r)  row gradient ``G``
 
 The state lives in *orthonormal coordinates* of ``T``: with ``Q = T @ H`` orthonormal, momentum and
 second moment are those of ``g = G @ H``. On paper this is the published method, which keeps them for
-``G @ inv(T.T @ T)``; in float32 it is the difference between following AdamW and not, because no
-inverse of a Gram matrix is ever formed and the calibration ``R = Q_prev.T @ Q`` is a contraction.
+``G @ inv(T.T @ T)``. Here no inverse of a Gram matrix is ever formed, and the calibration
+``R = Q_prev.T @ Q`` is a contraction: what that is worth in float32 is in docs/results/full_rank.md.
 
 Nothing here knows of torch.distributed, DeepSpeed or PEFT.
 """
@@ -54,20 +54,21 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """How float32 matrix products are computed meanwhile: "ieee", or "tf32" where the hardware has it.
+    """How float32 matrix products are computed meanwhile: "ieee", or "tf32" and "bf16" where the hardware has it.
 
     A run may allow itself TF32 for its forward and backward passes. A basis of short factors has long columns, which
     would carry the ten bits of TF32 into the step. (Meanwhile torch refuses to read its older switch, ``allow_tf32``,
     of a run that has set it.)
     """
     kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    chosen = "tf32" if precision == "bf16" else precision, precision  # CUDA multiplies no float32 as bfloat16
     before = []
     for kind in kinds:
         allowed, kind.fp32_precision = kind.fp32_precision, "none"
         before.append("none" if kind.fp32_precision == allowed else allowed)  # what is inherited is to stay so
     try:
-        for kind in kinds:
-            kind.fp32_precision = precision
+        for kind, each in zip(kinds, chosen, strict=True):
+            kind.fp32_precision = each
         yield
     finally:
         for kind, allowed in zip(kinds, before, strict=True):
@@ -97,7 +98,7 @@ def unpack(packed: Tensor) -> Tensor:
 def orthonormal_basis(grams: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``H`` (b, r, r) with ``T @ H`` orthonormal, from a batch of Gram matrices ``T.T @ T`` (b, r, r) in float64.
 
-    ``inv(L).T`` of the Cholesky factor ``L``, many times as fast as eigenvectors; these where ``T`` is short of
+    ``inv(L).T`` of the Cholesky factor ``L``, which takes less work than eigenvectors; these where ``T`` is short of
     directions, as at PEFT's ``B = 0``. Columns of ``H`` for directions that ``T`` does not have are zero.
 
     Args:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import algebra
+from . import algebra, kernels
 from .adapters import find_trainable, lost_starts
 from .blocks import JOINT_RANK, Blocks
 from .quantised import check_unpacked, four_bit_layers
@@ -21,6 +21,12 @@ from .runtime import Runtime
 from .sharding import Layout
 from .state_dict import Snapshot, build, own, pack, unpack
 from .zero.attachment import Attachment
+
+CLIPPED = (
+    "the norm of the factors' own gradients was {:.6g} in {} steps running: something clips by it, before LoFT clips "
+    "by the norm of full gradients. Leave clip_grad_norm_ out (of a Trainer: max_grad_norm=0.0) and pass "
+    "LoFTAdamW(max_grad_norm=...)."
+)
 
 
 class LoFTAdamW(Optimizer):
@@ -41,8 +47,8 @@ class LoFTAdamW(Optimizer):
 
     Args:
         model: a PEFT model; its trainable parameters are the optimizer's.
-        lr: learning rate, of the size that full fine-tuning with AdamW takes. 3e-4 is a good first one at every rank
-            (docs/results/quality.md). torch's default of 1e-3 is mostly too long a step.
+        lr: learning rate, of the size that full fine-tuning with AdamW takes: docs/settings.md says a good first one,
+            docs/results/quality.md has the sweeps.
         betas: decay of momentum and second moment.
         eps: AdamW's.
         weight_decay: decoupled, multiplied by the learning rate.
@@ -52,8 +58,11 @@ class LoFTAdamW(Optimizer):
         turns: in place of the one of ``blocks``: "joint" for both factors on every step, "alternate" for one, as
             published and at half the work, "auto" for the first up to rank ``JOINT_RANK``.
         blocks: the paper's building blocks as switches; ``Blocks.published()`` is the method as in the paper.
-        second_moment_dtype: torch.bfloat16 halves LoFT's largest state; it leaves the loss as it is and moves the
-            trajectory by some per cent (kernels/README.md has the figures). None for that of all other state.
+        second_moment_dtype: torch.bfloat16 halves LoFT's largest state and moves the trajectory a little:
+            docs/results/precision.md. None for that of all other state.
+        denominator_precision: the least that the products for AdamW's denominators may have, as torch names it in
+            ``fp32_precision``: "ieee", "tf32" or "bf16". Less is quicker where the hardware has it, and moves the
+            trajectory a little: docs/results/precision.md. The first steps are in full precision in any case.
         offload_second_moment: keep it in CPU memory, pinned where there is an accelerator. Once a turn it passes in
             chunks through the device, where the arithmetic stays; not a bit of the result changes.
         params: parameters or parameter groups in place of one group of all, to give them ``lr``, ``weight_decay``,
@@ -77,6 +86,7 @@ class LoFTAdamW(Optimizer):
         turns: Literal["auto", "joint", "alternate"] | None = None,
         blocks: Blocks | None = None,
         second_moment_dtype: torch.dtype | None = None,
+        denominator_precision: kernels.Precision = "ieee",
         offload_second_moment: bool = False,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
     ) -> None:
@@ -85,6 +95,8 @@ class LoFTAdamW(Optimizer):
         in_matrices = self.blocks.in_matrices
         if second_moment_dtype not in (None, torch.bfloat16) or (second_moment_dtype and not in_matrices):
             raise ValueError("second_moment_dtype must be None, or torch.bfloat16 for the matrix form")
+        if denominator_precision not in get_args(kernels.Precision):
+            raise ValueError(f'denominator_precision must be "ieee", "tf32" or "bf16", not {denominator_precision!r}')
         if offload_second_moment and not in_matrices:
             raise ValueError(
                 "offload_second_moment is for the matrix form: the elementwise one is as small as momentum"
@@ -102,7 +114,9 @@ class LoFTAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.second_moment_dtype = second_moment_dtype
         self.offload_second_moment = offload_second_moment
-        self._runtime = Runtime(self.trainable, self.blocks, second_moment_dtype, offload_second_moment)
+        self._runtime = Runtime(
+            self.trainable, self.blocks, second_moment_dtype, offload_second_moment, denominator_precision
+        )
         self.place = self._runtime.place
         trained = list(self.trainable.parameters.values())
         if strange := [name for name, p in self.trainable.parameters.items() if p.is_complex()]:
@@ -119,6 +133,7 @@ class LoFTAdamW(Optimizer):
         # step for the norm to log (the Trainer) reads that step's.
         self._global_grad_norm = torch.full((), math.nan, dtype=torch.float64, device=trained[0].device)
         self._attachment = Attachment(self, self.trainable)
+        self._others_clipping = _OthersClipping()
         if self.trainable.untreated:
             listed = [f"{name} ({reason})" for name, reason in sorted(self.trainable.untreated.items())]
             rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
@@ -228,7 +243,35 @@ class LoFTAdamW(Optimizer):
                 norm = self._runtime.take_step(layout, self.max_grad_norm, self._attachment.arrivals)
             self._global_grad_norm = self._global_grad_norm.to(norm.device).copy_(norm)  # a model may have been moved
             self._attachment.stepped(self._global_grad_norm)
+            if self._attachment.arrivals is None:  # not under DeepSpeed, whose clipping is taken over
+                self._others_clipping.look([p.grad for group in self.param_groups for p in group["params"]], norm)
         return loss
+
+
+class _OthersClipping:
+    """Warns of who clips by the norm of the factors' own gradients: it is then the same in several steps running.
+
+    Nothing else tells of it: the gradients come into the step as if they had been smaller.
+    """
+
+    RUNNING = 5  # smooth losses pass a longest gradient too, but not so slowly
+    ALIKE, MOVED = 1e-5, 1e-3  # relative; the first is above the rounding of whoever clips in float32
+
+    def __init__(self) -> None:
+        self._norms: deque[list[float]] = deque(maxlen=self.RUNNING)
+        self._warned = False
+
+    def look(self, gradients: Iterable[Tensor | None], norm: Tensor) -> None:
+        """Called with the gradients of each step, and LoFT's norm of them."""
+        if self._warned:
+            return
+        norms = torch._foreach_norm([each for each in gradients if each is not None], 2, dtype=torch.float64)
+        raw = torch.stack([each.to(norm.device) for each in norms]).norm()
+        self._norms.append(torch.stack([raw, norm]).tolist())  # after a step, which has waited for the device
+        spreads = [1 - min(each) / (max(each) or 1.0) for each in zip(*self._norms, strict=True)]
+        if len(self._norms) == self.RUNNING and spreads[0] < self.ALIKE and spreads[1] > self.MOVED:
+            self._warned = True
+            warnings.warn(CLIPPED.format(self._norms[-1][0], self.RUNNING), stacklevel=2)
 
 
 def _groups(params: Iterable[Any], trained: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

@@ -68,15 +68,22 @@ class Runtime:
         blocks: the method.
         second_moment_dtype: of the second moments' matrices; None for that of all other state.
         offload_second_moment: keep them in CPU memory.
+        precision: the least that the products for the denominators may have.
     """
 
     def __init__(
-        self, trainable: Trainable, blocks: Blocks, second_moment_dtype: torch.dtype | None, offload_second_moment: bool
+        self,
+        trainable: Trainable,
+        blocks: Blocks,
+        second_moment_dtype: torch.dtype | None,
+        offload_second_moment: bool,
+        precision: kernels.Precision,
     ) -> None:
         self.trainable = trainable
         self.blocks = blocks
         self.second_moment_dtype = second_moment_dtype
         self.offload_second_moment = offload_second_moment
+        self.precision = precision
         self._stacks: list[Pairs] = []
         self._others: dict[str, Moments] = {}
         self._loaded: dict[str, State] = {}  # until the first step says which rows are this rank's
@@ -146,7 +153,7 @@ class Runtime:
         running = []
         for stack in stacks:
             if layout.concerns(stack.A.factors[0]):
-                running.append(_Running(stack, loft_step(stack, self.blocks), None))
+                running.append(_Running(stack, loft_step(stack, self.blocks, self.precision), None))
                 running[-1].answer(None)
             else:
                 stack.step += 1

@@ -65,8 +65,12 @@ class Together(NamedTuple):
 Step = Generator[tuple[Phase, Any], Any, None]
 Part = Generator[tuple[Phase, Any], Any, Any]
 
+# So many steps divide in full precision, whatever is allowed: of few gradients ``V`` is a sum that cancels, most of all
+# of one, and what is rounded in it is not small (docs/results/precision.md).
+EXACT_STEPS = 10
 
-def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
+
+def loft_step(pairs: Pairs, blocks: Blocks, precision: kernels.Precision = "ieee") -> Step:
     """One step of a stack of pairs, from gradients to moved rows, in place in ``pairs``."""
     pairs.step += 1
     lead, follow = both = pairs.in_turn()
@@ -88,7 +92,7 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
         blocks.accumulate(x, gradients.pop().mul_(clip))
 
     # 3. The leading factor moves by AdamW's step of the full matrix, projected on what it can reach.
-    step = full_step(lead, pairs, (yield Phase.PARTNERS, lead), blocks)
+    step = full_step(lead, pairs, (yield Phase.PARTNERS, lead), blocks, precision)
     move(lead, step, decay=lead.lr * lead.group["weight_decay"])
 
     # 4. Calibration: moments, and what they have not had yet, of the following one turn to where the leading one went.
@@ -101,7 +105,7 @@ def loft_step(pairs: Pairs, blocks: Blocks) -> Step:
     # 5. The following one moves by what of its own step lies outside: all else the leading one has moved already.
     growth = torch.zeros_like(cross)
     if joint:
-        step = full_step(follow, pairs, (yield Phase.FOLLOWERS, follow), blocks)
+        step = full_step(follow, pairs, (yield Phase.FOLLOWERS, follow), blocks, precision)
         inner, outer = yield Phase.OUTSIDE, [algebra.gram(follow.rows, step), algebra.gram(step, step)]
         inside = s * lead.basis
         inner = inside.mT @ inner
@@ -155,7 +159,7 @@ def turn(phase: Phase, x: Side, partner: Side, gram: Tensor, cross: Tensor, bloc
         x.rotation = of_second_moment if x.rotation is None else torch.bmm(x.rotation, of_second_moment)
 
 
-def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor:
+def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks, precision: kernels.Precision) -> Tensor:
     """``U Q`` (b, k, r), what the learning rate is multiplied with: AdamW's step of the full matrix in coordinates.
 
     Before that, in the same pass, second moments are turned and have what was pending.
@@ -167,6 +171,7 @@ def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor
     x.pending, x.rotation = [], None
     bound = algebra.cauchy_schwarz_bound(beta1, beta2, t) if blocks.bounded else math.inf
     update = kernels.projected_update if blocks.projects else kernels.normalized_update
+    least = precision if t > EXACT_STEPS else "ieee"
     step, rows_of = torch.empty_like(x.momentum), each_pair(partner.rows)
     for piece in pieces(x.factors[0], size, count) if size else []:
         directions = x.basis[piece]
@@ -185,7 +190,7 @@ def full_step(x: Side, pairs: Pairs, partner: Partner, blocks: Blocks) -> Tensor
                 rotation=None if rotation is None else rotation[here],
                 seed=t,
             )
-            quotient = kernels.Quotient(1 - beta1**t, corrections[some], x.group["eps"], bound)
+            quotient = kernels.Quotient(1 - beta1**t, corrections[some], x.group["eps"], bound, least)
             step[here, rows] = update(x.momentum[here, rows], chunk, directions[some], quotient)
     return step if blocks.projects else step @ algebra.unscaled_basis(x.basis).to(step)
 

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels to machine code: ``python compiled.py '[[17, "bfloat16", 90]]'``.
+"""Compiles the Triton kernels to machine code: ``python compiled.py '[[17, "bfloat16", "bf16", 90]]'``.
 
-Each case is a rank of the adapters, how the second moments are stored, and for which GPU. A Hopper (90) must come out
-with its tensor cores and within its shared memory.
+Each case is a rank of the adapters, how the second moments are stored, the denominators' precision, and for which GPU.
+A Hopper (90) must come out with its tensor cores and within its shared memory.
 """
 
 import json
@@ -15,11 +15,11 @@ from triton.compiler import ASTSource
 from loft_ds.kernels import fused
 
 POINTERS = dict.fromkeys(("momentum", "keys_t", "values", "out", "gradient", "pending", "rotation"), "*fp32")
-INTEGERS = dict.fromkeys(("k", "width", "columns_a_split", "seed"), "i32")
+INTEGERS = dict.fromkeys(("k", "width", "columns_a_split", "size", "seed"), "i32")
 TYPES = {"table": "*i64", "triangle": "*i32", **POINTERS, **INTEGERS}
 
 
-def compile_kernels(rank: int, stored: str, capability: int) -> None:
+def compile_kernels(rank: int, stored: str, denominators: str, capability: int) -> None:
     constants = {
         "stored": getattr(tl, stored),
         "aligned": True,
@@ -30,6 +30,7 @@ def compile_kernels(rank: int, stored: str, capability: int) -> None:
         "COLUMNS": 64 if rank <= 64 else 32,
         "BLOCK": 32,
         "PRECISION": "tf32x3",
+        "DENOMINATORS": denominators,
         "HAS_PENDING": True,
         "HAS_ROTATION": True,
     }
@@ -44,7 +45,7 @@ def compile_kernels(rank: int, stored: str, capability: int) -> None:
         assert compiled.asm["cubin"]
         assert "mma" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 99 * 1024  # what every GPU since 2020 has
-        print("compiled", kernel.__name__, rank, stored, capability)
+        print("compiled", kernel.__name__, rank, stored, denominators, capability)
 
 
 if __name__ == "__main__":

@@ -96,13 +96,13 @@ MOMENT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 
 
 # What a CPU has, from the least to the most, as torch names it.
-CAPABILITIES = ["DEFAULT", *reversed(compiled.INSTRUCTIONS)]
+CAPABILITIES = ["DEFAULT", *compiled.INSTRUCTIONS]
 
 
 @pytest.fixture(params=CAPABILITIES)
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test by plain torch, and by what is compiled for each kind of CPU that this one can do."""
-    most = torch.backends.cpu.get_cpu_capability()
+    most = compiled.capability()
     if CAPABILITIES.index(request.param) > (CAPABILITIES.index(most) if most in CAPABILITIES else 0):
         pytest.skip(f"this CPU has no {request.param}")
     plain = request.param == "DEFAULT"
@@ -111,9 +111,10 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 DTYPES = pytest.mark.parametrize(
-    ("capability", "dtype"), [("DEFAULT", torch.float64), *((each, torch.float32) for each in CAPABILITIES)],
+    ("capability", "dtype"),
+    [("DEFAULT", torch.float64), *((each, torch.float32) for each in CAPABILITIES)],
     indirect=["capability"],
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", ["projected_update", "normalized_update"])
@@ -158,6 +159,27 @@ def test_bound(bound: float, capability: str, dtype: torch.dtype) -> None:
     momentum, packed, basis = (t.to(dtype) for t in (momentum, packed, basis))
     actual = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis, bound))
     assert_close(actual, expected, UPDATE_TOLERANCE[dtype])
+
+
+# Both operands of a product for V are rounded, by half a unit in the last of 8 or 11 bits: V is off by twice that at
+# most, of its largest terms, and U by half of V's error.
+LESS_PRECISE = {"tf32": 2.0**-11, "bf16": 2.0**-8}
+
+
+@pytest.mark.parametrize("precision", LESS_PRECISE)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [2, 5, 16, 33])
+def test_less_precise_denominators(precision: Any, stored: torch.dtype, rank: int, capability: str) -> None:
+    """Where the CPU has no units for it, it is done in full."""
+    momentum, packed = moments(131, rank, seed=1)
+    packed, basis = packed.to(stored), rows(259, rank, seed=2)
+    expected = reference.projected_update(momentum, packed.double(), basis, quotient_of(basis))
+    given = momentum.float(), packed, basis.float()
+    full = alone(kernels.projected_update)(*given, quotient_of(given[2]))
+    update = alone(kernels.projected_update)(*given, replace(quotient_of(given[2]), precision=precision))
+    assert_close(update, expected, LESS_PRECISE[precision])
+    halved = precision == "bf16" and capability == "AVX512_BF16"
+    assert capability == "DEFAULT" or torch.equal(update, full) is not halved
 
 
 @DTYPES

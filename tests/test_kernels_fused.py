@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_kernels import (
     BETA2,
+    LESS_PRECISE,
     MOMENT_TOLERANCE,
     RANKS,
     SHAPES,
@@ -73,6 +76,21 @@ def test_a_batch_is_its_pairs(rank: int) -> None:
         assert_close(update[i].cpu(), expected.cpu(), UPDATE_TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("precision", LESS_PRECISE)
+def test_less_precise_denominators(precision: Any) -> None:
+    from loft_ds.kernels import fused
+
+    momentum, packed = moments(37, 6, seed=1)
+    basis = rows(70, 6, seed=2)
+    expected = reference.projected_update(momentum, packed, basis, quotient_of(basis))
+    given = [t.float().to(DEVICE) for t in (momentum, packed, basis)]
+    full = alone(fused.projected_update)(*given, quotient_of(given[2]))
+    actual = alone(fused.projected_update)(*given, replace(quotient_of(given[2]), precision=precision))
+    # The interpreter's casts cut off where hardware rounds: twice the error.
+    assert_close(actual.cpu(), expected, LESS_PRECISE[precision] * (2 if INTERPRETED else 1))
+    assert torch.equal(actual, full) is (INTERPRETED and precision == "tf32")  # which the interpreter lacks
+
+
 @pytest.mark.parametrize("bound", [0.5, float("inf")])
 def test_bound(bound: float) -> None:
     from loft_ds.kernels import fused
@@ -133,13 +151,16 @@ def test_stochastic_rounding_is_that_of_plain_torch() -> None:
 
 
 RANKS_COMPILED = [(1, "float32"), (17, "bfloat16"), (64, "float32"), (128, "float32")]
-COMPILED = [(*stored, capability) for stored in RANKS_COMPILED for capability in (80, 90)]
+DENOMINATORS = {"float32": "tf32x3", "bfloat16": "bf16"}
+COMPILED = [(*each, DENOMINATORS[each[1]], capability) for each in RANKS_COMPILED for capability in (80, 90, 100)] + [
+    (64, "float32", "tf32", 90)
+]
 
 
 @pytest.mark.parametrize(
-    "cases", [COMPILED[3:4], pytest.param(COMPILED, marks=pytest.mark.rehearse)], ids=["one", "all"]
+    "cases", [COMPILED[4:5], pytest.param(COMPILED, marks=pytest.mark.rehearse)], ids=["one", "all"]
 )
-def test_compiles_for_a_gpu(cases: list[tuple[int, str, int]]) -> None:
+def test_compiles_for_a_gpu(cases: list[tuple[int, str, str, int]]) -> None:
     """To machine code, with no GPU at hand, in a process in which Triton does not interpret."""
     command = [sys.executable, Path(__file__).with_name("compiled.py"), json.dumps(cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1"}

@@ -11,8 +11,9 @@ from models import batch, odd_model, one_layer, relative, trained, two_groups
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loft_ds import Blocks, LoFTAdamW, algebra
+from loft_ds import Blocks, LoFTAdamW, algebra, kernels
 from loft_ds.quantised import keep_gradients
+from loft_ds.step import EXACT_STEPS
 
 
 def train(model, optimizer, steps, start=0, scheduler=None):
@@ -293,6 +294,7 @@ def test_unknown_layouts_raise():
             {"second_moment_dtype": torch.bfloat16, "blocks": Blocks(second_moment="elementwise")},
             "torch.bfloat16 for the matrix form",
         ),
+        ({"denominator_precision": "fp8"}, 'denominator_precision must be "ieee", "tf32" or "bf16"'),
         ({"params": []}, "14 of them are missing"),
     ],
 )
@@ -358,6 +360,23 @@ def test_bfloat16_second_moments():
     same = torch.cat([(narrow[name] - start[name]).reshape(-1) for name in wide])
     # bfloat16 keeps 8 bits, so sqrt(V) is off by 0.2%, by more where V is small by cancellation.
     assert 0 < relative(same, change) < 0.1
+
+
+def test_the_first_steps_divide_in_full_precision(monkeypatch):
+    """Of few gradients V cancels; what is rounded in it then is not small."""
+    used, update = [], kernels.projected_update
+
+    def noted(momentum, packed, basis, quotient):
+        used.append(quotient.precision)
+        return update(momentum, packed, basis, quotient)
+
+    monkeypatch.setattr(kernels, "projected_update", noted)
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=1e-2, denominator_precision="bf16")
+    for step in range(EXACT_STEPS + 2):
+        used.clear()
+        train(model, optimizer, 1, start=step)
+        assert set(used) == {"ieee" if step < EXACT_STEPS else "bf16"}
 
 
 def test_a_frozen_half_is_refused_later_too():

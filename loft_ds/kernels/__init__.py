@@ -13,11 +13,12 @@ from types import ModuleType
 from torch import Tensor
 
 from . import compiled, tiled
-from .reference import Quotient
+from .reference import Precision, Quotient
 from .stream import Resident, Stream, at_home, zeros_at_home
 from .tiled import normalized_update
 
 __all__ = [
+    "Precision",
     "Quotient",
     "Resident",
     "Stream",

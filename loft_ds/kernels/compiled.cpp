@@ -92,6 +92,55 @@ inline void multiply(Vector (&sums)[ROWS][V], const float* const* rows, const fl
   }
 }
 
+// The same with bfloat16 operands: words of two neighbours of a row, and of the same two of every column.
+#if defined(__AVX512BF16__)
+constexpr bool HAS_HALVES = true;
+inline void multiply_halves(Vector (&sums)[ROWS][VECTORS], const int32_t* const* rows, const int32_t* block,
+                            int64_t count) {
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = broadcast(0.0f);
+  for (int64_t t = 0; t < count; ++t, block += COLUMNS) {
+    __m512i operand[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) operand[j] = _mm512_load_si512(block + j * LANES);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      const __m512i word = _mm512_set1_epi32(rows[i][t]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j)
+        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)word, (__m512bh)operand[j]);
+    }
+  }
+}
+// Rounds rows [t] and [t + 1] of (count, COLUMNS) into one of words, in place: of blocks that follow each other.
+inline void halve(float* products, int64_t count, int64_t blocks) {
+  float* words = products;
+  for (int64_t block = 0; block < blocks; ++block, products += count * COLUMNS)
+    for (int64_t t = 0; t < count; t += 2)
+      for (int64_t j = 0; j < COLUMNS; j += LANES, words += LANES) {
+        const float* low = products + t * COLUMNS + j;
+        const __m512i below = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(low)));
+        const Vector next = t + 1 < count ? load(low + COLUMNS) : broadcast(0.0f);
+        const __m512i above = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(next));
+        _mm512_store_si512(words, _mm512_or_si512(below, _mm512_slli_epi32(above, 16)));
+      }
+}
+// One row of count numbers, of which the one after the last may be read as zero.
+inline void halve_row(const float* row, int32_t* words, int64_t count) {
+  for (int64_t t = 0; t < count; t += LANES) {
+    const __mmask16 some = count - t >= LANES ? 0xFFFF : (1u << (count - t)) - 1;
+    _mm256_storeu_si256((__m256i*)(words + t / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, row + t)));
+  }
+}
+#else
+constexpr bool HAS_HALVES = false;
+inline void multiply_halves(Vector (&)[ROWS][VECTORS], const int32_t* const*, const int32_t*, int64_t) {}
+inline void halve(float*, int64_t, int64_t) {}
+inline void halve_row(const float*, int32_t*, int64_t) {}
+#endif
+
 inline float to_float(at::BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
   float value;
@@ -122,12 +171,13 @@ void build_products(const float* keys, float* products, int64_t r, int64_t block
 
 template <typename Stored>
 void project_rows(const float* momentum, const Stored* packed, const float* keys, const float* values, float* out,
-                  int64_t first, int64_t last, int64_t l, int64_t r, float eps, float bound) {
-  const int64_t p = r * (r + 1) / 2;
+                  int64_t first, int64_t last, int64_t l, int64_t r, float eps, float bound, bool halves) {
+  const int64_t p = r * (r + 1) / 2, words = (p + 1) / 2;
   const int64_t most = std::max<int64_t>(1, PRODUCTS_BYTES / (p * COLUMNS * 4)) * COLUMNS;
   const int64_t columns = std::min(most, (l + COLUMNS - 1) / COLUMNS * COLUMNS);
   Aligned products(p * columns), key_blocks(r * columns), value_blocks(r * columns), totals(ROWS * r * LANES);
   Aligned roots(ROWS * COLUMNS), converted(std::is_same_v<Stored, float> ? 0 : ROWS * p);
+  Aligned halved(halves ? ROWS * (words + LANES) : 0);
   const Vector tiny = broadcast(FLT_MIN), low = broadcast(-bound), high = broadcast(bound);
   const Vector one = broadcast(1.0f), epsilon = broadcast(eps);
   for (int64_t start = 0; start < l; start += columns) {
@@ -135,8 +185,10 @@ void project_rows(const float* momentum, const Stored* packed, const float* keys
     lay_out(values, value_blocks.data, r, l, start, columns);
     const int64_t blocks = std::min(columns, (l - start + COLUMNS - 1) / COLUMNS * COLUMNS) / COLUMNS;
     build_products(key_blocks.data, products.data, r, blocks);
+    if (halves) halve(products.data, p, blocks);
     for (int64_t row = first; row < last; row += ROWS) {
       const float *of_packed[ROWS], *of_momentum[ROWS];
+      int32_t* of_halves[ROWS];
       for (int64_t i = 0; i < ROWS; ++i) {
         const int64_t here = std::min(row + i, last - 1);  // the last row again, whose result is not taken
         of_momentum[i] = momentum + here * r;
@@ -146,11 +198,16 @@ void project_rows(const float* momentum, const Stored* packed, const float* keys
           of_packed[i] = converted.data + i * p;
           for (int64_t t = 0; t < p; ++t) converted.data[i * p + t] = to_float(packed[here * p + t]);
         }
+        of_halves[i] = reinterpret_cast<int32_t*>(halved.data) + i * (words + LANES);
+        if (halves) halve_row(of_packed[i], of_halves[i], p);
       }
       std::fill_n(totals.data, ROWS * r * LANES, 0.0f);
       for (int64_t block = 0; block < blocks; ++block) {
         Vector sums[ROWS][VECTORS];
-        multiply(sums, of_packed, products.data + block * p * COLUMNS, COLUMNS, p);
+        if (halves)
+          multiply_halves(sums, of_halves, reinterpret_cast<int32_t*>(products.data) + block * words * COLUMNS, words);
+        else
+          multiply(sums, of_packed, products.data + block * p * COLUMNS, COLUMNS, p);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
@@ -272,7 +329,7 @@ void for_all_rows(int64_t pairs, int64_t rows, const Function& function) {
 }
 
 at::Tensor projected_update(const at::Tensor& momentum, at::TensorList packed, const at::Tensor& keys,
-                            const at::Tensor& values, double eps, double bound) {
+                            const at::Tensor& values, double eps, double bound, bool halves) {
   const int64_t k = momentum.size(1), r = momentum.size(2), l = keys.size(2);
   at::Tensor out = at::zeros_like(momentum);
   const auto run = [&](auto stored) {
@@ -280,7 +337,8 @@ at::Tensor projected_update(const at::Tensor& momentum, at::TensorList packed, c
     for_all_rows(momentum.size(0), k, [&](int64_t pair, int64_t first, int64_t last) {
       project_rows(momentum.const_data_ptr<float>() + pair * k * r, packed[pair].const_data_ptr<Stored>(),
                    keys.const_data_ptr<float>() + pair * r * l, values.const_data_ptr<float>() + pair * r * l,
-                   out.mutable_data_ptr<float>() + pair * k * r, first, last, l, r, eps, bound);
+                   out.mutable_data_ptr<float>() + pair * k * r, first, last, l, r, eps, bound,
+                   halves && HAS_HALVES);
     });
   };
   packed[0].scalar_type() == at::kFloat ? run(0.0f) : run(at::BFloat16());
@@ -309,10 +367,14 @@ void accumulate_second_moment_(at::TensorList packed, const at::Tensor& gradient
 
 TORCH_LIBRARY(LIBRARY, library) {
   library.def(
-      "projected_update(Tensor momentum, Tensor[] packed, Tensor keys, Tensor values, float eps, float bound) -> Tensor",
-      &projected_update);
+      "projected_update(Tensor momentum, Tensor[] packed, Tensor keys, Tensor values, float eps, float bound, bool "
+      "halves) -> Tensor");
   library.def(
       "accumulate_second_moment_(Tensor(a!)[] packed, Tensor gradient, Tensor? pending, Tensor? rotation, float decay, "
-      "float gradient_weight, float pending_weight, int seed) -> ()",
-      &accumulate_second_moment_);
+      "float gradient_weight, float pending_weight, int seed) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(LIBRARY, CPU, library) {
+  library.impl("projected_update", &projected_update);
+  library.impl("accumulate_second_moment_", &accumulate_second_moment_);
 }

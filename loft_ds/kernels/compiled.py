@@ -23,11 +23,9 @@ from .reference import Quotient
 from .storage import seed_word
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# As torch names what the CPU has; ATEN_CPU_CAPABILITY in the environment lowers it.
-INSTRUCTIONS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
+# As torch names what the CPU has, from the least to the most; ATEN_CPU_CAPABILITY in the environment lowers it.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": _AVX512, "AVX512_BF16": (*_AVX512, "-mavx512bf16")}
 # The products of a block of columns are r (r + 1) / 2 of 256 bytes: here 2 MiB a thread.
 LARGEST_RANK = 128
 
@@ -63,14 +61,20 @@ def load_library(capability: str) -> Any:
     return getattr(torch.ops, library)
 
 
+def capability() -> str:
+    """What this CPU has: one of :data:`INSTRUCTIONS`, or another of torch's names."""
+    has = torch.backends.cpu.get_cpu_capability()
+    return f"{has}_BF16" if has == "AVX512" and torch.cpu._is_avx512_bf16_supported() else has
+
+
 @functools.cache
 def library() -> Any | None:
-    """The operators for this CPU; None, with a line in the log where that is not as it should be, for it has none."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in INSTRUCTIONS:
+    """The operators for this CPU; None where there are none for it or, with a line in the log, they cannot be built."""
+    has = capability()
+    if has not in INSTRUCTIONS:
         return None
     try:
-        return load_library(capability)
+        return load_library(has)
     except (OSError, RuntimeError) as error:
         message = "LoFT runs its plain torch kernels on this CPU, which are slower: %s"
         logging.getLogger(__name__).warning(message, str(error).strip().splitlines()[0].split(":")[0])
@@ -92,7 +96,10 @@ def projected_update(
     """``U @ basis`` (b, k, r) without ``U``. See :func:`tiled.projected_update`."""
     keys, values = (each.mT.contiguous() for each in quotient.keys_and_values(basis))
     laid = [each.contiguous() for each in packed]
-    return _operators().projected_update(momentum.contiguous(), laid, keys, values, quotient.eps, quotient.bound)
+    halves = quotient.precision == "bf16"
+    return _operators().projected_update(
+        momentum.contiguous(), laid, keys, values, quotient.eps, quotient.bound, halves
+    )
 
 
 def accumulate_second_moment_(

@@ -7,7 +7,7 @@ values. Bias corrections ride on keys and values (:meth:`reference.Quotient.keys
 stands where attention has its softmax, so no running maximum is needed. The pairs of a batch are the heads: one launch
 for all. Their second moments are found through a table of addresses, where they are.
 
-float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits and does not pass the tests). The choice
+float32 only; products are 3xTF32 on tensor cores (single TF32 keeps 10 bits, which is too few). The choice
 of the autotuner changes which program does a row, never the order of a sum: results do not depend on it.
 """
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiled
-from .reference import Quotient
+from .reference import Precision, Quotient
 from .storage import HASH_MULTIPLIERS, seed_word
 
 # A program rotates one row's (r, r) matrix in registers; plain torch takes over where it does not fit.
@@ -59,8 +59,10 @@ def _alike(configs: list[Any], *_: Any, **__: Any) -> list[Any]:
     return [c for c in configs if c.kwargs["ROWS"] >= 64 or one_unit]
 
 
-@triton.autotune(_CONFIGS, key=["RANK", "stored"], prune_configs_by={"early_config_prune": _alike})
-@triton.jit
+@triton.autotune(
+    _CONFIGS, key=["RANK", "stored", "DENOMINATORS", "size"], prune_configs_by={"early_config_prune": _alike}
+)
+@triton.jit(do_not_specialize=["size"])
 def _projected_update_kernel(  # type: ignore[no-untyped-def]
     momentum,  # (b, k, RANK), contiguous
     table,  # int64 (b,): where each pair's packed (k, RANK (RANK + 1) / 2) lies, contiguous
@@ -71,6 +73,7 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     k,
     width,  # l, how many rows the basis has
     columns_a_split,
+    size,  # of the work, in powers of two: the autotuner's choice is not that for the first shape met
     eps,
     bound,
     stored: tl.constexpr,
@@ -82,6 +85,7 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
+    DENOMINATORS: tl.constexpr,
 ):
     """``out[split, pair, rows] = quotient[rows, columns of the split] @ values[columns of the split]``."""
     LENGTH: tl.constexpr = RANK * (RANK + 1) // 2
@@ -115,7 +119,13 @@ def _projected_update_kernel(  # type: ignore[no-untyped-def]
             q_t = tl.load(keys_t + t[:, None] * width + columns[None, :], mask=loaded, other=0.0)
             products = q_s * q_t * tl.where(s == t, 1.0, 2.0)[:, None]
             p = tl.load(packed + wide_rows * LENGTH + entries[None, :], mask=in_rows & in_length[None, :], other=0.0)
-            second = tl.dot(p.to(tl.float32), products, acc=second, input_precision=PRECISION)
+            if DENOMINATORS == "bf16":
+                second = tl.dot(p.to(tl.bfloat16), products.to(tl.bfloat16), acc=second)
+            elif DENOMINATORS == "rounded":
+                p, products = p.to(tl.bfloat16).to(tl.float32), products.to(tl.bfloat16).to(tl.float32)
+                second = tl.dot(p, products, acc=second, input_precision="ieee")
+            else:
+                second = tl.dot(p.to(tl.float32), products, acc=second, input_precision=DENOMINATORS)
         # M's rows would fit in registers, but not beside the sums: they are read again, as P's are.
         first = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for offset in range(0, PADDED, PART):
@@ -205,12 +215,12 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _precision(device: torch.device) -> str:
-    """How ``tl.dot`` multiplies float32: on tensor cores where they can do 3xTF32."""
-    if device.type == "cpu":  # the interpreter
-        return "ieee"
+def _precision(device: torch.device, least: Precision = "ieee") -> str:
+    """How ``tl.dot`` multiplies float32: on tensor cores where they can do 3xTF32, or what less is allowed."""
+    if device.type == "cpu":  # the interpreter, which has no TF32 and multiplies the bits of bfloat16 as integers
+        return "rounded" if least == "bf16" else "ieee"
     tensor_cores = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "tf32x3" if tensor_cores else "ieee"
+    return {"ieee": "tf32x3"}.get(least, least) if tensor_cores else "ieee"
 
 
 @functools.cache
@@ -277,6 +287,7 @@ def projected_update(
             k,
             width,
             columns_a_split,
+            (count * k * width).bit_length(),
             quotient.eps,
             quotient.bound,
             **constants,
@@ -286,6 +297,7 @@ def projected_update(
             BLOCK=32,
             PART=min(32, _padded(rank)),
             PRECISION=_precision(momentum.device),
+            DENOMINATORS=_precision(momentum.device, quotient.precision),
         )
     return out[0] if splits == 1 else out.sum(0)
 

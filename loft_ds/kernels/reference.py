@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..algebra import pack, unpack
+
+Precision = Literal["ieee", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,15 @@ class Quotient:
             :func:`loft_ds.algebra.bias_corrections`.
         eps: AdamW's.
         bound: of ``|M|`` against ``sqrt(V)``, :func:`loft_ds.algebra.cauchy_schwarz_bound`.
+        precision: the least that the products for ``V`` may have, as torch names them: "ieee", "tf32" or "bf16". What
+            the hardware cannot do is done in full.
     """
 
     correction1: float
     correction2: Tensor
     eps: float
     bound: float
+    precision: Precision = "ieee"
 
     def keys_and_values(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Two scalings of the basis (b, l, r) that carry both corrections, so that no pass over (k, l) numbers does.

@@ -12,17 +12,19 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ..algebra import products_in
 from .reference import Quotient
 from .storage import read_rows, write_rows_
 
-# Upper limit of the extra memory of one call besides its result, whatever the shapes; tests measure it.
+# Upper limit of the extra memory of one call besides its result, whatever the shapes; tests hold it.
 WORKSPACE_BYTES = 64 << 20
 
-# Tiles of V, measured on two cores (README.md). The inner loop runs over rows, so that the matrix products see
+# Tiles of V: README.md says why these. The inner loop runs over rows, so that the matrix products see
 # tall tiles while the Khatri-Rao rows, which are built once a column tile, stay where they are.
 TILE_ROWS, TILE_COLUMNS = 2048, 512
 
@@ -98,7 +100,8 @@ def _update_tiles(
             shape = _length(pairs), _length(rows), _length(columns)
             second = second_buffer[: math.prod(shape)].view(shape)
             first = first_buffer[: math.prod(shape)].view(shape)
-            torch.bmm(read_rows(packed[pairs], rows, dtype), products, out=second)
+            with nullcontext() if quotient.precision == "ieee" else products_in(quotient.precision):
+                torch.bmm(read_rows(packed[pairs], rows, dtype), products, out=second)
             torch.bmm(momentum[pairs, rows], directions, out=first)
             # With w = 1 / sqrt(V): M / (sqrt(V) + eps) = M w / (1 + eps w) and |M| <= bound sqrt(V) is |M w| <= bound.
             # Fewer and cheaper passes than the definition; V = 0 ends in w so large that the quotient is 0.

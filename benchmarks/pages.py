@@ -18,6 +18,7 @@ import pandas
 from provenance import RESULTS, ROOT
 from studies.page import LOFT, folded, page, read_study, release_of, table_of, versions_of, write_quality
 
+ALTERNATING = "LoFT alternating"
 PAGES_FOLDER = ROOT / "docs" / "results"
 # One of them has another name in what release 0.1 has measured.
 STATE_KINDS = ("momentum", "second moments", "pending or before", "pending or previous", "bases", "kept rows")
@@ -87,42 +88,60 @@ def milliseconds(seconds: float | None) -> str:
     return f"{1e3 * seconds:.0f}" if seconds > 0.1 else f"{1e3 * seconds:.3g}"
 
 
+OFFICIAL, FUSED, CPU_ADAM = "authors' LoFT", "AdamW fused", "DeepSpeedCPUAdam"
+NAMES = {
+    OFFICIAL: "the authors' code",
+    FUSED: "LoRA's AdamW",
+    CPU_ADAM: "by DeepSpeedCPUAdam",
+    ALTERNATING: "alternating",
+}
+
+
 def step_time() -> str:
     """A step's time beside the floor."""
     found = stored("step_time")
-    methods = {LOFT: LOFT, "authors' LoFT": "the authors' code", "AdamW fused": "LoRA's AdamW"}
     rows: list[dict[str, Any]] = []
-    for cell in found["cells"]:
-        (m, n), times = cell["shape"], cell["methods"]
-        if m == n:
-            row = {"layer": f"{cell['model']}, {m} x {n}", "r": cell["rank"]}
-            seconds = {name: times.get(method, {}).get("seconds") for method, name in methods.items()}
-            seconds["floor"] = cell["floor_seconds"]
-            rows.append(row | {name: milliseconds(s) for name, s in seconds.items()})
-    shares = []
     for run in found["training"]:
         taken = run["seconds"]
-        base = taken["forward and backward"]
-        share = {name: f"{taken[name]:.2f} s, {taken[name] / (base + taken[name]):.1%}" for name in (LOFT, ALTERNATING)}
-        where = f"{run['date']}, commit {run['commit'][:12]}, {run['device']}"
-        shares.append({"r": run["rank"], "forward and backward": f"{base:.2f} s", **share, "measured": where})
+        share = taken[LOFT] / (taken["forward and backward"] + taken[LOFT])
+        row = {"r": run["rank"], LOFT: milliseconds(taken[LOFT]), "share of a training step": f"{share:.1%}"}
+        others = {NAMES[m]: milliseconds(taken[m]) for m in (OFFICIAL, FUSED, CPU_ADAM) if m in taken}
+        rows.append({**row, "floor / LoFT": f"{run['floor_seconds'] / taken[LOFT]:.0%}", **others})
+    cells: list[dict[str, Any]] = []
+    for cell in found["cells"]:
+        methods = cell["methods"]
+        row = {"layer": "{}, {} x {}".format(cell["model"], *cell["shape"]), "r": cell["rank"]}
+        for method, result in methods.items():
+            row[NAMES.get(method, method)] = milliseconds(result.get("seconds"))
+        loft, official = (methods.get(method, {}).get("seconds") for method in (LOFT, OFFICIAL))
+        row |= {"floor": milliseconds(cell["floor_seconds"])}
+        cells.append(row | {"authors' / LoFT": f"{official / loft:.1f}" if loft and official else ""})
+    memory = [
+        {
+            "layer": "{}, {} x {}".format(cell["model"], *cell["shape"]),
+            "r": cell["rank"],
+            **{
+                NAMES.get(method, method): f"{result['extra_bytes'] / 2**20:.1f}"
+                for method, result in cell["methods"].items()
+                if "extra_bytes" in result
+            },
+        }
+        for cell in found["cells"]
+    ]
+    where = "on a GPU" if found["cuda"] else "CPU time of one thread"
     return page(
         "# What does a step cost?",
         measured("step_time") + ("" if found["cuda"] else " On a GPU nothing has been measured."),
-        "Milliseconds of one optimizer step of one square layer, the median:",
+        f"Milliseconds of one step of SmolLM2-135M's 210 pairs, {where}, the median:",
         table_of(rows),
-        "From r = 16 on the cells alternate the factors, as the authors' code does. Below both move on every step.\n"
-        "The floor is what the machine needs for a step's arithmetic or bytes, at rates measured in the same run.",
+        f"A training step is forward and backward of {found['training'][0]['tokens']} tokens, and LoFT's own.\n"
+        "The floor is what the machine needs for a step's arithmetic or bytes, at the rates of large products and copies\n"
+        "in the same run. `LoFT` moves both factors up to r = 16, and one of them above.",
         "![Step time over the rank](../pictures/step_time.png)",
-        "## Share of a training step",
-        "SmolLM2-135M's shapes, 2048 tokens. `LoFT` moves both factors on every step.",
-        table_of(shares),
-        long_form("step_time", "\n## "),
+        folded("Every layer that was measured", "Milliseconds.\n\n" + table_of(cells)),
+        folded("Extra memory", "MiB besides the state.\n\n" + table_of(memory)),
         source_of("step_time", **{"authors' commit": found["environment"]["official_commit"]}),
     )
-
-
-ALTERNATING = "LoFT alternating"
 
 
 def scaling() -> str:
@@ -277,7 +296,7 @@ def precision() -> str:
         f"Distance of `W` from AdamW's after {found['full_rank'][0]['steps']} steps, m = n = r = "
         f"{found['full_rank'][0]['n']}, float32:",
         table_of(limit),
-        "This is why `denominator_precision` is `\"ieee\"` by default.",
+        'This is why `denominator_precision` is `"ieee"` by default.',
         "## What it saves",
         f"Time of `projected_update`, of {rows} rows and {columns} of the partner, over that in full precision:",
         table_of(times),

@@ -135,8 +135,8 @@ def step_time() -> str:
         f"Milliseconds of one step of SmolLM2-135M's 210 pairs, {where}, the median:",
         table_of(rows),
         f"A training step is forward and backward of {found['training'][0]['tokens']} tokens, and LoFT's own.\n"
-        "The floor is what the machine needs for a step's arithmetic or bytes, at the rates of large products and copies\n"
-        "in the same run. `LoFT` moves both factors up to r = 16, and one of them above.",
+        "The floor is what the machine needs for a step's arithmetic or bytes. Rates are those of large products and\n"
+        "copies in the same run. `LoFT` moves both factors up to r = 16, and one of them above.",
         "![Step time over the rank](../pictures/step_time.png)",
         folded("Every layer that was measured", "Milliseconds.\n\n" + table_of(cells)),
         folded("Extra memory", "MiB besides the state.\n\n" + table_of(memory)),

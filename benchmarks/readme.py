@@ -1,15 +1,18 @@
-"""Prints the tables that the README has: what was learned, and what it costs.
+"""Prints what the README has by command: what was learned, what it costs, and, as a picture, what it needs.
 
 python benchmarks/readme.py results
 python benchmarks/readme.py cost
+python benchmarks/readme.py badges >docs/pictures/badges.svg
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib.metadata import metadata
 
 import torch
+from packaging.requirements import Requirement
 
 from loft_ds.plan import GPUS, INTERCONNECTS, Job, memory, plan, shapes_of
 from loft_ds.plan.hardware import USABLE
@@ -68,15 +71,33 @@ def cost() -> str:
     return table_of(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"results": results, "cost": cost}
+def badges() -> str:
+    """What a machine must have and the license, as the package's metadata say them: an SVG."""
+    package = metadata("loft_ds")
+    required = [Requirement(line) for line in package.get_all("Requires-Dist") or []]
+    least = {"python": package["Requires-Python"], **{each.name: str(each.specifier) for each in required}}
+    said = {name: f"{least[name.lower()].removeprefix('>=')} or newer" for name in ("Python", "torch", "DeepSpeed")}
+    x, parts = 0, []
+    for words in ({**said, "license": package["License-Expression"]}).items():
+        for text, colour in zip(words, ("#444", "#0072b2"), strict=True):
+            long = 7 * len(text)  # whatever the font, and 5 on each side
+            parts.append(f'<rect x="{x}" width="{long + 10}" height="20" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 5}" y="14" textLength="{long}">{text}</text>')
+            x += long + 10
+        x += 6
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{x - 6}" height="20" fill="#fff" font-size="12"'
+    return "\n".join([f'{head} font-family="sans-serif">', *parts, "</svg>"])
+
+
+PRINTED: dict[str, Callable[[], str]] = {"results": results, "cost": cost, "badges": badges}
 
 
 def main() -> None:
     """Print one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("what", choices=PRINTED)
     torch.set_num_threads(1)  # a plan is many small operations, in which threads would only wait for each other
-    print(TABLES[parser.parse_args().table]())
+    print(PRINTED[parser.parse_args().what]())
 
 
 if __name__ == "__main__":

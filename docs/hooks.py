@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -17,6 +19,7 @@ DATA = (".json", ".jsonl", ".png", ".svg")  # what a browser shows as it is
 # What a link or a picture leads to, where that is above the page's own folder.
 ABOVE = re.compile(r"(?<=\]\()\.\./[^)#\s]+")
 # Docstrings name other objects as Sphinx does, which Markdown does not know.
+TEX = re.compile(r'<(div|span) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ROLE = re.compile(r":(?:class|func|meth|mod|data):<code>[~.]*([^<]*)</code>")
 
 
@@ -68,5 +71,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show the names that docstrings mention as code."""
+    """Show the names that docstrings mention as code, and formulas as MathML, which browsers draw by themselves."""
+    html = TEX.sub(lambda found: convert(unescape(found[2]), display="block" if found[1] == "div" else "inline"), html)
     return ROLE.sub(r"<code>\1</code>", html)

@@ -29,7 +29,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Imported when first asked for: `python -m loft_ds.plan` needs neither the Trainer nor DeepSpeed, which take seconds.
+# Imported when first asked for: `python -m loft_ds.plan` needs neither the Trainer nor DeepSpeed.
 _MODULES = {
     "Blocks": "blocks",
     "CheckpointError": "errors",

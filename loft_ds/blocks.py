@@ -14,7 +14,7 @@ from . import algebra
 if TYPE_CHECKING:
     from .pairs import Side
 
-# Up to this rank both factors of a pair move on every step by default.
+# Up to this rank both factors of a pair move on every step by default: docs/results/quality/classification.md has both.
 JOINT_RANK = 16
 
 

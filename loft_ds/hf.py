@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +43,9 @@ else:
 class LoFT:
     """LoFT by its name: ``LoFT(model, lr=1e-4)`` is a :class:`LoFTAdamW`.
 
-    It is also the factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {"lr": 1e-4})``.
-    Such a Trainer calls ``LoFT()(model, lr=1e-4)``. Under DeepSpeed that is all. Without it the Trainer first clips the
-    raw factor gradients by itself: set its ``max_grad_norm`` to 0 and pass LoFT's here.
+    It is also the factory for a Trainer that one cannot subclass: ``optimizer_cls_and_kwargs=(LoFT, {})``. The Trainer
+    calls ``LoFT()(model)``, and LoFT takes from its TrainingArguments what :class:`LoFTMixin` takes, the clipping norm
+    included. The dictionary holds arguments of :class:`LoFTAdamW` in place of those, and further ones.
     """
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -52,9 +54,57 @@ class LoFT:
             return super().__new__(cls)
         return LoFTAdamW(model, *args, **kwargs)
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> LoFTAdamW:
-        """Called by the Trainer with its model and the keyword arguments of :class:`LoFTAdamW`."""
-        return LoFTAdamW(model, **kwargs)
+    def __call__(self, model: nn.Module, args: Any = None, **kwargs: Any) -> LoFTAdamW:
+        """Called by a Trainer.
+
+        Args:
+            model: the Trainer's.
+            args: its TrainingArguments, where it hands them over as axolotl's does. LoFT has them from the Trainer.
+            kwargs: the dictionary.
+
+        Raises:
+            ValueError: a search tries values that the dictionary overrides; arguments, and no Trainer that calls.
+        """
+        if (trainer := _asking_trainer()) is None:
+            if args is not None:
+                raise ValueError("no transformers.Trainer calls: say LoFTAdamW's own arguments in place of a Trainer's")
+            return LoFTAdamW(model, **kwargs)
+        _check_search(trainer, kwargs)
+        callbacks = trainer.callback_handler.callbacks
+        if not trainer.is_deepspeed_enabled and not any(isinstance(each, _NoOtherClipping) for each in callbacks):
+            trainer.add_callback(_NoOtherClipping())
+        settings = settings_of(trainer.args, model, trainer.get_decay_parameter_names(model))
+        settings["max_grad_norm"] = clipping_norm(trainer)
+        return LoFTAdamW(model, **{**settings, **kwargs})
+
+
+def _asking_trainer() -> Trainer | None:
+    """The Trainer that builds its optimizer: it hands neither itself nor its arguments over, but it is a caller."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return frame and frame.f_locals["self"]
+
+
+class _NoOtherClipping(TrainerCallback):
+    """Keeps a Trainer that is not LoFT's from clipping by the norm of the factors' gradients: LoFT clips in its step.
+
+    Its ``max_grad_norm`` is 0 from a step's begin until after it would clip, and otherwise as the user has it.
+    """
+
+    def __init__(self) -> None:
+        self._said: float | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._said is None or args.max_grad_norm:  # or the step before was not ended, as where memory was short
+            self._said, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.max_grad_norm, self._said = self._said, None
 
 
 def dropped_arguments(args: Any, kind: type[TrainingArguments] = TrainingArguments) -> list[str]:
@@ -88,6 +138,36 @@ def settings_of(args: TrainingArguments, model: nn.Module, decayed: Collection[s
             {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
         ],
     }
+
+
+def clipping_norm(trainer: Trainer) -> float | None:
+    """LoFT's norm: the argument, unless a DeepSpeed JSON says one; Transformers sees to it that both agree."""
+    if not trainer.is_deepspeed_enabled:
+        return trainer.args.max_grad_norm or None
+    if "gradient_clipping" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config:
+        return None
+    return trainer.args.max_grad_norm or math.inf  # of a silent JSON DeepSpeed makes 1.0
+
+
+# What a search names an argument of LoFTAdamW by.
+_SEARCHED = {
+    "learning_rate": "lr",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+
+
+def _check_search(trainer: Trainer, chosen: Mapping[str, Any]) -> None:
+    """Refuse a hyperparameter search over what LoFT's own arguments say: every trial would be the same."""
+    for name in trainer.state.trial_params or ():
+        if _SEARCHED.get(name) in chosen:
+            raise ValueError(
+                f"the search tries values of {name}, and LoFT's own argument {_SEARCHED[name]!r} would override each: "
+                "leave it out"
+            )
 
 
 class LoFTMixin(Base):
@@ -139,15 +219,6 @@ class LoFTMixin(Base):
                     return f"{base.__name__}.{method}"
         return next((f"TrainingArguments({name}=...)" for name in dropped_arguments(self.args, type(self.args))), None)
 
-    @property
-    def _max_grad_norm(self) -> float | None:
-        """LoFT's norm: the argument, unless a DeepSpeed JSON says one; Transformers sees to it that both agree."""
-        if not self.is_deepspeed_enabled:
-            return self.args.max_grad_norm or None
-        if "gradient_clipping" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
-            return None
-        return self.args.max_grad_norm or math.inf  # of a silent JSON DeepSpeed makes 1.0
-
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Build LoFTAdamW from the TrainingArguments, in the Trainer's two groups of parameters."""
         if not self.use_loft or self.optimizer is not None:
@@ -155,8 +226,9 @@ class LoFTMixin(Base):
         model = self.model if model is None else model
         if self.is_deepspeed_enabled and (refusal := find_model_refusal(model)):
             raise NotImplementedError(refusal)
+        _check_search(self, self.loft_kwargs)
         settings = settings_of(self.args, model, self.get_decay_parameter_names(model))
-        settings["max_grad_norm"] = self._max_grad_norm
+        settings["max_grad_norm"] = clipping_norm(self)
         self.optimizer = self._loft = LoFTAdamW(model, **{**settings, **self.loft_kwargs})
         return self._loft
 
@@ -197,7 +269,7 @@ class LoFTMixin(Base):
         return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with naming(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+        with naming(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,7 +1,7 @@
 """LoFT on one pair, dense, in float64 and in the paper's own coordinates: the place to learn the method.
 
 Every matrix that the optimizer avoids is built here: inverse Gram matrices, full gradients, full second moments. There
-are no ranks, no stacks and no orthonormal bases. :mod:`loft_ds.step` does the same at a small part of the cost, and the
+are no ranks, no stacks and no orthonormal bases. :mod:`loft_ds.step` does the same without these matrices, and the
 tests hold it against this, with each block on and off.
 
 In the paper's terms, of ``W = W0 + s * B @ A`` the factor ``X`` (k, r) with the other one's scaled rows ``T`` (l, r)

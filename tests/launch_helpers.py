@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
+import json
 import os
 import random
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -14,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from logs import read_log
+from loft_ds.training.logs import read_log
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "ds_configs"
@@ -86,6 +90,62 @@ def unlaunched(*modules: Path) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(map(str, modules))} if modules else kept
 
 
+class Hub(ThreadingHTTPServer):
+    """A model hub on this machine, as far as pushing to it goes: it keeps what it is given.
+
+    Attributes:
+        commits: of each commit the message, and the contents by their paths.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.commits: list[tuple[str, dict[str, bytes]]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+    def do_POST(self) -> None:
+        body = self._body()
+        repository = f"{self.server.url}/somebody/run"
+        if self.path == "/api/repos/create":
+            self._answer({"url": repository})
+        elif "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif "/commit/" in self.path:
+            head, *entries = (json.loads(line) for line in body.splitlines())
+            files = {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in entries}
+            self.server.commits.append((head["value"]["summary"], files))
+            self._answer({"commitUrl": f"{repository}/commit/{40 * '1'}", "commitOid": 40 * "1"})
+        else:
+            assert self.path == "/api/validate-yaml", self.path
+            self._answer({"warnings": [], "errors": []})
+
+    def _body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):  # in chunks
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _answer(self, content: dict[str, object]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
 def losses(folder: Path) -> dict[int, float]:
     """The loss of every step of a run of launch/train.py, over all its restarts."""
     return {entry["step"]: entry["loss"] for entry in read_log(folder) if "loss" in entry}
@@ -95,7 +155,7 @@ def train_configs(rank: int, world_size: int, port: int, flags: list[str], confi
     """One rank of ``launch/train.py`` under each config in turn; ``torch.multiprocessing`` starts it."""
     from accelerate.state import AcceleratorState, PartialState
 
-    import train  # launch/train.py, in the child: importing starts no process group
+    from loft_ds.training import train  # in the child: importing starts no process group
 
     os.environ |= {
         "RANK": str(rank),

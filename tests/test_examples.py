@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.rehearse
-PACKAGES = {"trl": Path(sys.prefix) / "trl", "quantised": Path(sys.prefix) / "quantised"}  # `make setup` fills them
+PACKAGES = {name: Path(sys.prefix) / name for name in ("trl", "lightning", "quantised")}  # `make setup` fills them
 LINES = 60
 STEPS = 8
 # So small a random model moves little, so its rate is far above the scripts' own. MODELS and OUT are folders.
@@ -33,6 +33,7 @@ TRAINER = TINY | {"--use_cpu": "True", "--bf16": "False", "--logging_steps": 1, 
 ZERO2, ZERO3 = (TRAINER | {"--deepspeed": CONFIGS / f"zero{stage}.json"} for stage in (2, 3))
 
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT"]
+TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--master_port", "PORT"]
 ACCELERATE = ["accelerate", "launch", "--config_file", "OUT/accelerate.yaml", "--main_process_port", "PORT"]
 # `accelerate launch` takes no --cpu beside --use_deepspeed.
 YAML = (
@@ -51,6 +52,7 @@ GROUPS = {
             "trl_dpo": ZERO3,
             # So many answers that their mean reward stands out of the noise.
             "trl_grpo": ZERO2 | {"--max_steps": 12, "--per_device_train_batch_size": 64, "--learning_rate": 3e-2},
+            "vision_language": ZERO2 | {"--model": "MODELS/vision_language"},
             "continue_adapter": ZERO3 | {"--adapter": "OUT/trainer", "--learning_rate": 1e-3},
         },
     ),
@@ -65,6 +67,12 @@ GROUPS = {
         },
     ),
     "accelerate launch": (ACCELERATE, [], {"accelerate_loop": TINY}),
+    "Lightning": (["python"], ["lightning"], {"lightning_loop": TINY | {"--accelerator": "cpu"}}),
+    "Lightning, DDP": (
+        TORCHRUN,
+        ["lightning"],
+        {"lightning_loop": TINY | {"--accelerator": "cpu", "--devices": 2, "--strategy": "ddp"}},
+    ),
     "four bits": (["python"], ["quantised"], {"qlora": TRAINER}),
 }
 TRAINED = [(group, name) for group, (*_, scripts) in GROUPS.items() for name in scripts if name != "merge"]
@@ -83,10 +91,45 @@ def make_experts(model: Path, folder: Path) -> Path:
     return folder
 
 
+def make_vision_language(model: Path, folder: Path) -> Path:
+    """Saves a random model that sees pictures of 16 points, with its processor and the other model's tokenizer."""
+    from transformers import (
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    )
+    edge = {"longest_edge": 16}
+    pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge)
+    processor = Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=template)
+    processor.save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), "num_key_value_heads": 2, **size}
+    config = Idefics3Config(
+        vision_config={"image_size": 16, "patch_size": 4, **size},
+        text_config={**text, "pad_token_id": tokenizer.pad_token_id},
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+    )
+    torch.manual_seed(0)
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    make_experts(make_model(folder / "dense"), folder / "experts")
+    model = make_model(folder / "dense")
+    make_experts(model, folder / "experts")
+    make_vision_language(model, folder / "vision_language")
     return folder
 
 
@@ -188,6 +231,108 @@ def test_a_merged_model_is_the_adapter_on_its_base(run, models):
 def test_each_expert_has_a_pair_of_its_own(run):
     shapes = {t.shape for n, t in load_file(run("one process") / "experts" / "adapter_model.safetensors").items()}
     assert torch.Size([4 * 8, 32]) in shapes
+
+
+def test_what_sees_is_adapted_too(run):
+    names = load_file(run("two ranks") / "vision_language" / "adapter_model.safetensors")
+    parts = {re.search(r"vision_model|connector|text_model", name)[0] for name in names}
+    assert parts == {"vision_model", "connector", "text_model"}
+
+
+def test_lightnings_deepspeed_strategy_takes_no_cpu(models):
+    """So the tests can run the example with its other strategies alone."""
+    if not PACKAGES["lightning"].is_dir():
+        pytest.skip(f"tests/lightning.txt is not installed in {PACKAGES['lightning']}: run make setup")
+    command = [sys.executable, EXAMPLES / "lightning_loop.py", "--model", models / "dense"]
+    environment = unlaunched(PACKAGES["lightning"])
+    done = subprocess.run(
+        [*command, "--strategy", "deepspeed_stage_2"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "The DeepSpeed strategy is only supported on CUDA GPUs but `CPUAccelerator` is used" in done.stderr
+
+
+@pytest.fixture
+def fit(monkeypatch, tmp_path):
+    """``fit(steps)`` trains an odd model in Lightning: LoFT's optimizer of it."""
+    if not PACKAGES["lightning"].is_dir():
+        pytest.skip(f"tests/lightning.txt is not installed in {PACKAGES['lightning']}: run make setup")
+    monkeypatch.syspath_prepend(PACKAGES["lightning"])
+    from lightning.pytorch import LightningModule, Trainer
+    from models import batch, odd_model
+
+    from loft_ds import LoFTAdamW
+
+    class Module(LightningModule):
+        def __init__(self, norm):
+            super().__init__()
+            self.model, self.norm = odd_model(), norm
+
+        def training_step(self, rows, number):
+            x, y = rows
+            return (self.model(x) - y).square().mean()
+
+        def configure_optimizers(self):
+            self.loft = LoFTAdamW(self.model, lr=1e-3, max_grad_norm=self.norm)
+            return self.loft
+
+    class Empty(Module):
+        def on_train_end(self):
+            self.trainer.optimizers = []
+
+    def train(steps, first=0, norm=0.2, kind=Empty, begin=None, path=None, **options):
+        module = kind(norm)
+        if begin:
+            module.on_train_start = lambda: begin(module.loft)
+        options = {"max_steps": steps, "accelerator": "cpu", "enable_progress_bar": False, "logger": False, **options}
+        trainer = Trainer(enable_checkpointing=False, enable_model_summary=False, **options)
+        loader = torch.utils.data.DataLoader([batch(first + step) for step in range(steps)], batch_size=None)
+        trainer.fit(module, loader, ckpt_path=path, weights_only=False)
+        trainer.optimizers = [module.loft]
+        trainer.save_checkpoint(tmp_path / "lightning.ckpt")
+        return module.loft
+
+    train.plain = Module
+    return train
+
+
+def state_of(optimizer) -> list:
+    tensors = [p.detach() for p in optimizer.model.parameters()]
+    return tensors + [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+def test_lightnings_loop_is_one_by_hand(fit):
+    from models import batch, odd_model
+
+    from loft_ds import LoFTAdamW
+
+    expected = LoFTAdamW(odd_model(), lr=1e-3, max_grad_norm=0.2)
+    for step in range(4):
+        x, y = batch(step)
+        expected.zero_grad()
+        (expected.model(x) - y).square().mean().backward()
+        expected.step()
+        assert expected.grad_norm > 0.2
+    assert all(map(torch.equal, state_of(fit(4)), state_of(expected)))
+
+
+def test_lightning_goes_on_from_lofts_checkpoint(fit, tmp_path):
+    from loft_ds import load_checkpoint, save_checkpoint
+
+    whole, half = fit(6), fit(3)
+    save_checkpoint(half, tmp_path / "half")
+    resumed = fit(3, first=3, begin=lambda loft: load_checkpoint(loft, tmp_path / "half"))
+    assert all(map(torch.equal, state_of(resumed), state_of(whole)))
+
+
+def test_what_lightning_does_to_state_and_gradients_is_heard(fit, tmp_path):
+    with pytest.raises(TypeError, match="written into it would be lost"):  # when it ends
+        fit(3, kind=fit.plain)
+    fit(3)
+    with pytest.raises(TypeError, match="written into it would be lost"):  # when it loads
+        fit(6, path=tmp_path / "lightning.ckpt")
+    with pytest.warns(UserWarning, match=r"factors' own gradients was 0\.2 in 5 steps running"):
+        fit(6, norm=None, gradient_clip_val=0.2)
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.name)

@@ -21,7 +21,7 @@ import torch
 from launch_helpers import CONFIGS, fill_disk, free_port, losses, make_model, write_text
 from ranks import CONTEXT
 
-import faults
+from loft_ds.training import faults
 
 STEPS, SAVE, AT = 8, 3, 5  # the fault comes in the step after so many
 TIMEOUT = 12  # seconds a collective may take here, by --ddp_timeout
@@ -109,7 +109,7 @@ def _run(rank, environment, argv, log, fault, out, space):
         assert ctypes.CDLL(None).setns(namespace, CLONE_NEWNET) == 0
         environment |= {"GLOO_SOCKET_IFNAME": hosts.INTERFACE, "TP_SOCKET_IFNAME": hosts.INTERFACE}
     os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    import train
+    from loft_ds.training import train
 
     if fault is not None:
         healthy = train.LoggedTrainer.training_step
@@ -275,7 +275,7 @@ def test_a_disk_that_hangs_keeps_no_rank(flags, tmp_path):
     assert job.end() == [1, 1], job.said()
     for rank, error in enumerate(job.errors()):
         assert error.startswith(f"train.py: error: rank {rank} on {os.uname().nodename}: DistBackendError: ")
-        assert error.endswith("/.ranks does not answer)")
+        assert error.endswith("/_ranks does not answer)")
 
 
 def fail(out):

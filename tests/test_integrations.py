@@ -25,7 +25,7 @@ PACKAGES = Path(sys.prefix) / "integrations"
 def test_a_program_trains_as_lofttrainer_does(program):
     if not (PACKAGES / program).is_dir():
         pytest.skip(f"{program} is not in {PACKAGES}: pip install --no-deps --target it -r tests/integrations.txt")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), str(ROOT / "launch")])}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGES)}
     command = [sys.executable, __file__, program]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

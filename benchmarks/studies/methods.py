@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
@@ -16,7 +15,6 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import Blocks, LoFTAdamW
 
-from .candidates import TruncatedAdamW, aim
 from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
@@ -40,10 +38,6 @@ class Method:
         switches: keyword arguments of the optimizer.
         gradient_batches: the adapters' first directions are those of the mean gradient of so many batches (LoRA-GA,
             Wang et al. 2024, as PEFT does it).
-        weights_left_alone: what such adapters are at the start is not taken out of the frozen weights, so that they are
-            no more than adapters of their rank to a model that nobody changed; it is a step off at the start.
-        start_length: the length (Frobenius) to which such a start is brought, ``|s B0 A0|``, in every layer.
-        aimed_batches: the first directions of ``A`` are those of so many batches, by :func:`.candidates.aim`.
     """
 
     rates: tuple[float, ...]
@@ -55,9 +49,6 @@ class Method:
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
-    weights_left_alone: bool = False
-    start_length: float | None = None
-    aimed_batches: int = 0
 
     def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
         """Adapters onto the model, and the optimizers that train it."""
@@ -83,25 +74,9 @@ class Method:
                 ]
                 preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
-            if self.gradient_batches:
-                for module in trained.modules():
-                    if isinstance(module, LoraLayer):
-                        self._place_start(module)
-            if self.aimed_batches:
-                aim(trained, lambda: task.first_loss(trained, seed, self.aimed_batches))
         new = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
         group = {"params": new, "lr": task.head_rate}
         return Prepared(trained, self.build(trained, group, lr, rank, **self.switches), self.own_clip)
-
-    @torch.no_grad()
-    def _place_start(self, layer: LoraLayer) -> None:
-        weight = layer.get_base_layer().weight
-        start = layer.get_delta_weight("default")
-        if self.start_length is not None:
-            layer.lora_B["default"].weight.mul_(self.start_length / float(start.norm()))
-            weight += start - layer.get_delta_weight("default")
-        if self.weights_left_alone:
-            weight += layer.get_delta_weight("default")
 
 
 @dataclass(frozen=True)
@@ -138,11 +113,6 @@ def adamw(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer
 def loft(model: nn.Module, head: Group, lr: float, rank: int, **switches: Any) -> list[Optimizer]:
     """LoFT."""
     return [LoFTAdamW(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
-
-
-def truncated(accumulated: bool) -> Callable[..., list[Optimizer]]:
-    """AdamW held to a rank, in all or in each of its steps."""
-    return lambda model, head, lr, rank: [TruncatedAdamW(_groups(model, head, lr), rank, accumulated)]
 
 
 def of_adapters(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
@@ -190,14 +160,11 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
 LOFT = Method(FULL, loft, adapter={}, own_clip=True)
 PLAIN_LORA = Method(LORA, adamw, adapter={})
 MATRICES = Method(FULL, adamw, matrices_only=True)
-FROM_GRADIENTS = replace(LOFT, adapter=GRADIENT, gradient_batches=4)
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": MATRICES,
     "full, adapted matrices alone, no warm-up": replace(MATRICES, warm_up=0.0),
     "head alone": Method((0.0,), adamw, matrices_only=True),
-    "AdamW, change cut to rank r": Method(FULL, truncated(accumulated=True), matrices_only=True),
-    "AdamW, each step cut to rank r": Method(FULL, truncated(accumulated=False), matrices_only=True),
     "LoRA": PLAIN_LORA,
     "LoRA, no warm-up": replace(PLAIN_LORA, warm_up=0.0),
     "LoRA, alpha = r": replace(PLAIN_LORA, alpha_over_rank=1.0),
@@ -225,9 +192,6 @@ METHODS: dict[str, Method] = {
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
-    "LoFT, first directions from gradients": FROM_GRADIENTS,
-    "LoFT, first directions from gradients, weights left alone": replace(FROM_GRADIENTS, weights_left_alone=True),
-    "LoFT, first directions from gradients, of length 0.2": replace(FROM_GRADIENTS, start_length=0.2),
+    "LoFT, first directions from gradients": replace(LOFT, adapter=GRADIENT, gradient_batches=4),
     "LoFT, first directions from the weight": replace(LOFT, adapter={"init_lora_weights": "pissa"}),
-    "LoFT, first directions by factor gradients": replace(LOFT, aimed_batches=4),
 }

@@ -48,11 +48,13 @@ STUDIES = {
         "The part of the full gradient's squared norm that lies in reach of LoFT's factors, on R8.",
     ),
 }
-# LoFT's best rate at most ranks: what one rate for all of them gives, beside each rank's own.
+# What one rate for all ranks gives LoFT, beside each rank's own.
 ONE_RATE = 3e-4
 ONE_RATE_NAME = "LoFT, 3e-4 at every rank"
 # The step of release 0.2, which is never longer than AdamW's: commit f50ec35. What was measured before is of 0.1.
 SECOND_RELEASE = "2026-11-29 01:41"
+# Methods whose records stay and whose code does not, by what their names contain; and the last commit that has it.
+GONE = {OLD: "9fee522", "steps clipped": "9fee522", "cut to rank r": "f50ec35"}
 
 
 # --- what the data say
@@ -325,6 +327,7 @@ def findings(data: Path, name: str) -> str:
 
 def source_of(frame: pandas.DataFrame, name: str) -> str:
     """Where a study's lines come from."""
+    gone = {mark: commit for mark, commit in GONE.items() if frame["method"].str.contains(mark, regex=False).any()}
     lines = {
         "data": f"[{name}.jsonl](../../../benchmarks/results/quality/{name}.jsonl)",
         "command": f"`python benchmarks/quality.py {name}`",
@@ -333,8 +336,10 @@ def source_of(frame: pandas.DataFrame, name: str) -> str:
         "dates": f"{frame['date'].min()} to {frame['date'].max()}",
         "commits": ", ".join(sorted({str(commit)[:12] for commit in frame["commit"]})),
         "versions": " or ".join(dict.fromkeys(map(versions_of, frame["versions"]))),
+        "code in the git history alone": ", ".join(f"`{mark}` at `{commit}`" for mark, commit in gone.items()),
     }
-    return "\n".join(["## Where it comes from", "", *(f"- {key}: {value}" for key, value in lines.items())])
+    shown = [f"- {key}: {value}" for key, value in lines.items() if value]
+    return "\n".join(["## Where it comes from", "", *shown])
 
 
 def trainings(frame: pandas.DataFrame) -> int:
@@ -357,7 +362,11 @@ A value is the mean over seeds. After the ± stands half the width of its 95% co
 One seed alone has none. `*` says that the best rate lies at the edge of its sweep: a wider one may do better.
 
 `LoFT 0.1` is the step of release 0.1, which moves both factors as they are.
-Rank 64 has its `LoFT` from 0.1 too: its factors alternate, and 0.2 has not changed that."""
+Rank 64 has its `LoFT` from 0.1 too: its factors alternate, and 0.2 has not changed that.
+
+Records of what lost stay, and its code does not. The end of a page names such methods by a part of their names.
+Beside it stands the last commit that has their code, in `benchmarks/studies/` and `loft_ds/`.
+The methods have no `0.1` in their names there."""
 
 
 def quality_page(data: Path) -> str:

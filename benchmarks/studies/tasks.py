@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from assets import default_model, default_texts, package_folder
+from loft_ds.training.assets import default_model, default_texts, package_folder
 
 EVALUATION_BATCH = 64
 HEAD_RATE = 3e-3

@@ -8,19 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
-from torch import nn
-from transformers import TrainingArguments
 
-from ..optimizer import LoFTAdamW
-from .arguments import build_optimizer
-
-
-class LoFTFactory:
-    """What axolotl's Trainer calls as ``LoFTFactory()(model, training_args, **kwargs)``."""
-
-    def __call__(self, model: nn.Module, training_args: TrainingArguments, **kwargs: Any) -> LoFTAdamW:
-        """LoFT with the Trainer's arguments; ``kwargs`` are of :class:`LoFTAdamW`."""
-        return build_optimizer(model, training_args, **kwargs)
+from ..hf import LoFT
 
 
 class LoFTPlugin(BasePlugin):
@@ -28,4 +17,4 @@ class LoFTPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Called by axolotl; it reads ``optimizer_cls_and_kwargs`` when training begins."""
-        trainer.optimizer_cls_and_kwargs = (LoFTFactory, {})
+        trainer.optimizer_cls_and_kwargs = (LoFT, {})

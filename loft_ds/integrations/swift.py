@@ -15,13 +15,13 @@ def register() -> None:
     """Make ``--optimizer loft`` known to ms-swift."""
     from swift.optimizers import OptimizerCallback, optimizers_map  # type: ignore[import-not-found]
 
-    from loft_ds.integrations.arguments import build_optimizer  # ms-swift loads this file outside its package
+    from loft_ds import LoFT  # ms-swift loads this file outside its package
 
     class LoFTOptimizerCallback(OptimizerCallback):
         """Builds LoFT from the arguments of ms-swift's Trainer."""
 
         def create_optimizer(self, model: Any = None) -> LoFTAdamW:
-            return build_optimizer(self.trainer.model if model is None else model, self.args)
+            return LoFT()(self.trainer.model if model is None else model)
 
     optimizers_map["loft"] = LoFTOptimizerCallback
 

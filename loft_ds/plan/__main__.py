@@ -180,6 +180,7 @@ def draw(rows: list[dict[str, Any]], title: str, usable: float, path: Path) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
+    torch.set_num_threads(1)  # many small operations, in which threads would only wait for each other
     options = parse(arguments)
     wire = INTERCONNECTS[options.interconnect]
     try:
@@ -210,5 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # many small operations, in which threads would only wait for each other
     main()

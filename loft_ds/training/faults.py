@@ -2,7 +2,7 @@
 
 A collective that lost a rank fails at once (gloo, when a connection closes) or after ``--ddp_timeout`` seconds, but
 does not know which rank it was. So each rank has a thread that notes every few seconds, in a file of its own in
-``<output_dir>/.ranks``, that it lives and where it is. Files, because the checkpoints need a folder that all ranks see
+``<output_dir>/_ranks``, that it lives and where it is. Files, because the checkpoints need a folder that all ranks see
 anyway, and it outlives any rank and any connection.
 
 NCCL ends the process at the time-out, and no Python is told. So the note also says how many collectives its rank has
@@ -28,9 +28,9 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loft_ds import CheckpointError
-from loft_ds.ranks import bound_collectives, collectives_begun, rank_and_world
-from loft_ds.zero.config import SettingsError
+from ..errors import CheckpointError
+from ..ranks import bound_collectives, collectives_begun, rank_and_world
+from ..zero.config import SettingsError
 
 NOTE_BYTES = 8192  # written over in place: a full disk must not make a rank look dead
 ERROR_CHARACTERS = 500  # of an error in a note, which stays whole even where JSON spells each with 12 bytes
@@ -54,7 +54,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, folder: str | Path, timeout: float) -> None:
         self._rank, self._world = rank_and_world()
-        self._folder = Path(folder) / ".ranks"
+        self._folder = Path(folder) / "_ranks"  # what begins with _ the Trainer does not push to the hub
         self._timeout = timedelta(seconds=timeout)
         self._interval = min(5.0, timeout / 20)
         self._own: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "step": 0, "begun": 0}

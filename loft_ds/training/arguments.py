@@ -11,7 +11,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, TrainingArguments
 
-from loft_ds.zero.config import SettingsError
+from ..zero.config import SettingsError
 
 
 class Optimizer(str, Enum):
@@ -28,9 +28,15 @@ LEARNING_RATES = {Optimizer.LOFT: 4e-4, Optimizer.LORA: 4e-3, Optimizer.FULL: 2e
 
 # Flags that --optimizer loft alone reads, and those that --optimizer full does not.
 LOFT_FLAGS = ("offload_second_moment", "head_learning_rate")
-ADAPTER_FLAGS = ("target_modules", "target_parameters", "modules_to_save", "load_in_4bit", "load_in_8bit")
-# Flags that --load_in_4bit alone reads.
-FOUR_BIT_FLAGS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+ADAPTER_FLAGS = (
+    *("target_modules", "target_parameters", "modules_to_save", "init_lora_weights", "use_rslora"),
+    *("load_in_4bit", "load_in_8bit"),
+)
+# Flags that another one alone reads.
+FLAGS_OF = {
+    "load_in_4bit": ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"),
+    "dataset_name": ("dataset_config_name", "dataset_split", "eval_split"),
+}
 
 # Used when neither --max_steps nor --num_train_epochs is given: a few minutes on two CPU cores.
 DEFAULT_STEPS = 40
@@ -44,20 +50,48 @@ class LaunchArguments:
         default=None,
         metadata={"help": "A causal language model: a folder or a hub name. Default: SmolLM2-135M-Instruct."},
     )
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Text to train on: .txt, or .jsonl with `text` or `messages`. Default: Shakespeare."},
+        metadata={"help": "Files to train on: .txt, or .jsonl with `text` or `messages`. Default: Shakespeare."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "A hub data set, or a folder of one, with a column `text` or `messages`."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "The part of --dataset_name to train on, as in train[:10%%]."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "The part of --dataset_name to evaluate on. Default: the end of what is read."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read text while training, and never all of it. Without --eval_split its begin is held out."},
+    )
+    loss_on: str = field(
+        default="assistant",
+        metadata={
+            "help": "Of `messages`, what is trained on: the tokens of the assistant, or those of all.",
+            "choices": ["assistant", "all"],
+        },
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A file with a chat template to use in place of the tokenizer's."}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Fill sequences with several documents, none of which sees another: loft_ds[trl]."},
+    )
     optimizer: Optimizer = field(
         default=Optimizer.LOFT,
         metadata={"help": "loft; lora: the same adapters under AdamW; full: all weights under AdamW."},
     )
     lora_rank: int = field(default=8, metadata={"help": "The adapters' rank."})
     lora_alpha: float = field(default=16.0, metadata={"help": "PEFT's alpha. LoFT's result does not depend on it."})
+    init_lora_weights: str = field(
+        default="true", metadata={"help": "How PEFT begins: true, gaussian, orthogonal, olora, pissa, pissa_niter_N."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "PEFT's rank-stabilised scale, for --optimizer lora."})
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear layers."}
     )
@@ -91,7 +125,9 @@ class LaunchArguments:
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
-    block_size: int = field(default=128, metadata={"help": "Tokens in one training sequence."})
+    block_size: int = field(
+        default=128, metadata={"help": "Tokens in one training sequence; a longer conversation is cut at its end."}
+    )
     eval_fraction: float = field(
         default=0.05, metadata={"help": "The part of the text, from its end, that is held out of training."}
     )
@@ -117,6 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         save_strategy="no",
         eval_on_start=True,
         log_on_each_node=False,  # one rank speaks for the job, not one a host
+        remove_unused_columns=False,  # there are none; of packed rows the Trainer would take the documents' lengths
     )
     args = parser.parse_args(argv)
     args.optimizer = Optimizer(args.optimizer)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import re
 from typing import Any
 
 from accelerate import init_empty_weights
+from huggingface_hub import get_token
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from arguments import ADAPTER_FLAGS, FOUR_BIT_FLAGS, LOFT_FLAGS, LaunchArguments, Optimizer, world_size
-from loft_ds.hf import dropped_arguments
-from loft_ds.zero.config import SettingsError
+from ..hf import dropped_arguments
+from ..zero.config import SettingsError
+from .arguments import ADAPTER_FLAGS, FLAGS_OF, LOFT_FLAGS, LaunchArguments, Optimizer, world_size
+
+# Those of PEFT's starts that need no data and no configuration of their own.
+STARTS = re.compile(r"true|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?")
 
 
 class LaunchError(SettingsError):
@@ -28,7 +34,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         LaunchError: Such a flag is given.
     """
-    flags = LOFT_FLAGS + ADAPTER_FLAGS + FOUR_BIT_FLAGS
+    flags = LOFT_FLAGS + ADAPTER_FLAGS + tuple(FLAGS_OF) + sum(FLAGS_OF.values(), ())
     given = {flag for flag in flags if getattr(args, flag) != getattr(LaunchArguments, flag)}
     for flag in LOFT_FLAGS:
         if flag in given and args.optimizer is not Optimizer.LOFT:
@@ -39,14 +45,28 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.optimizer is Optimizer.LOFT:
         for flag in dropped_arguments(args):
             raise LaunchError(f"--{flag} is another optimizer's: --optimizer loft would drop it")
-    for flag in FOUR_BIT_FLAGS:
-        if flag in given and not args.load_in_4bit:
-            raise LaunchError(f"--{flag} is of --load_in_4bit, which is not given")
+    for owner, owned in FLAGS_OF.items():
+        for flag in owned:
+            if flag in given and owner not in given:
+                raise LaunchError(f"--{flag} is of --{owner}, which is not given")
     quantised = given & {"load_in_4bit", "load_in_8bit"}
     if len(quantised) == 2:
         raise LaunchError("--load_in_4bit and --load_in_8bit: choose one")
     if quantised and importlib.util.find_spec("bitsandbytes") is None:
         raise LaunchError(f"--{quantised.pop()} needs bitsandbytes: pip install 'loft_ds[quantised]'")
+    if not STARTS.fullmatch(args.init_lora_weights):
+        raise LaunchError(
+            f"--init_lora_weights {args.init_lora_weights}: it is to be true, gaussian, orthogonal, olora, pissa or "
+            "pissa_niter_N; other starts need data or a configuration, and a script of your own"
+        )
+    if args.packing and importlib.util.find_spec("trl") is None:
+        raise LaunchError("--packing needs TRL: pip install 'loft_ds[trl]'")
+    for name in {args.report_to or "none"} - {"all", "none", "flyte", *get_available_reporting_integrations()}:
+        raise LaunchError(f"--report_to {name}: it is not installed, or Transformers does not know it")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise LaunchError("--push_to_hub needs a token: `hf auth login`, or HF_TOKEN")
+    if args.streaming and args.max_steps <= 0:
+        raise LaunchError("--streaming does not know how long the text is: say --max_steps in place of epochs")
     if args.head_learning_rate is not None and not args.modules_to_save:
         raise LaunchError("--head_learning_rate: nothing trains outside the adapters; name it by --modules_to_save")
 

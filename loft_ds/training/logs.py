@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loft_ds.checkpoint import naming
-from loft_ds.hf import LoFTTrainer
-from loft_ds.ranks import first_rank
+from ..checkpoint import naming
+from ..hf import LoFTTrainer
+from ..ranks import first_rank
 
 LOG = "log.jsonl"
 

@@ -90,7 +90,9 @@ class Side:
         """Put rows that have moved where they belong. One launch where they are strided as there."""
         if self._moved is not None:
             values = [rows.values for rows in self.home]
-            strided = self._moved if values[0].stride(-1) == 1 else self._moved.mT.contiguous().mT
+            by_rows = values[0].stride(-1) == 1
+            # A copy, since contiguous() makes none at r = 1, where it leaves other strides than these.
+            strided = self._moved if by_rows else self._moved.mT.clone(memory_format=torch.contiguous_format).mT
             torch._foreach_copy_(values, self.split(strided))
             self._moved = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,31 @@ def batch(step: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tupl
     """The global batch of a step."""
     generator = torch.Generator().manual_seed(1000 + step)
     return torch.randn(size, 7, generator=generator).to(dtype), torch.randn(size, 3, generator=generator).to(dtype)
+
+
+def train_alone(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[int],
+    *,
+    accumulation: int = 1,
+    scheduler: Any = None,
+) -> tuple[list[float], list[float]]:
+    """Norms before clipping, of LoFT, and losses of these steps in one process without DeepSpeed."""
+    dtype = next(iter(trained(model).values())).dtype
+    norms, losses = [], []
+    for step in steps:
+        for micro in range(accumulation):
+            x, y = batch(step * accumulation + micro, dtype=dtype)
+            loss = (model(x) - y).square().mean()
+            (loss / accumulation).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        norms.append(getattr(optimizer, "grad_norm", math.nan))
+        losses.append(loss.item())
+    return norms, losses
 
 
 def moments(optimizer: LoFTAdamW) -> dict[str, dict[str, Tensor]]:

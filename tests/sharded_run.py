@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import batch, in_coordinates, moments, odd_model, trained, two_groups
+from models import batch, in_coordinates, moments, odd_model, train_alone, trained, two_groups
 from torch import Tensor, nn
 
 from loft_ds import LoFTAdamW
@@ -74,23 +74,6 @@ def train_engine(
             engine.backward(loss)
             engine.step()
         norms.append(float(engine.get_global_grad_norm()))
-        losses.append(loss.item())
-    return norms, losses
-
-
-def train_alone(
-    model: nn.Module, optimizer: LoFTAdamW, steps: Iterable[int], *, accumulation: int = 1
-) -> tuple[list[float], list[float]]:
-    """The same in one process without DeepSpeed."""
-    norms, losses = [], []
-    for step in steps:
-        for micro in range(accumulation):
-            x, y = batch(step * accumulation + micro)
-            loss = (model(x) - y).square().mean()
-            (loss / accumulation).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        norms.append(optimizer.grad_norm)
         losses.append(loss.item())
     return norms, losses
 

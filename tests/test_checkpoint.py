@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 from launch_helpers import fill_disk
-from models import Bomb, batch, odd_model, relative, trained, two_groups
+from models import Bomb, batch, odd_model, relative, train_alone, trained, two_groups
 from ranks import CONTEXT
 from safetensors.torch import load_file
-from sharded_run import gathered, start_engine, train_alone, train_engine
+from sharded_run import gathered, start_engine, train_engine
 
 import loft_ds
 from loft_ds import Blocks, CheckpointError, LoFTAdamW
@@ -150,9 +150,7 @@ def test_state_comes_back_as_it_lay_in_memory(tmp_path, turns):
     """Some CPUs round a matrix product by its operands' strides and alignment, so a bitwise resume needs both."""
     model = odd_model()
     optimizer = LoFTAdamW(model, lr=1e-2, turns=turns)
-    for step in range(3):
-        (model(batch(step)[0]) - batch(step)[1]).square().mean().backward()
-        optimizer.step()
+    train_alone(model, optimizer, range(3))
     loft_ds.save_checkpoint(optimizer, tmp_path)
     resumed = LoFTAdamW(odd_model(), lr=1e-2, turns=turns)
     loft_ds.load_checkpoint(resumed, tmp_path)

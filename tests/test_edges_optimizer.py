@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from models import batch, odd_model, one_layer, relative, trained
+from models import batch, odd_model, one_layer, relative, train_alone, trained
 from peft.tuners.lora import LoraLayer
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -19,15 +19,7 @@ from loft_ds import LoFTAdamW
 
 def go(model, optimizer, steps=3, start=0):
     """Losses of some steps."""
-    losses = []
-    for step in range(start, start + steps):
-        x, y = (t.to(next(model.parameters()).dtype) for t in batch(step))
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_alone(model, optimizer, range(start, start + steps))[1]
 
 
 def ready(**settings):

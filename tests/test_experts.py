@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import moments, relative
+from models import moments, relative, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from sharded_run import Outcome
 from test_sharded import assert_equal
@@ -194,10 +194,6 @@ def adapted(base: nn.Module, targets=("mlp.experts.gate_up_proj", "mlp.experts.d
 
 def ids(step: int) -> Tensor:
     return torch.randint(32, (12, 6), generator=torch.Generator().manual_seed(step))
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @functools.cache

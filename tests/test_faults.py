@@ -48,7 +48,7 @@ def flags(tmp_path_factory) -> list[str]:
     return [word for name, value in each.items() for word in (f"--{name}", str(value))]
 
 
-class Job:
+class Unlaunched:
     """Ranks of launch/train.py, without a launcher that would end the one when the other ends.
 
     Args:
@@ -128,14 +128,14 @@ def _run(rank, environment, argv, log, fault, out, space):
 def uninterrupted(flags, tmp_path_factory):
     """The losses of a run that nothing happened to; it was told to resume, and there was nothing to resume from."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    job = Job(flags, out, "--resume_from_checkpoint", "True")
+    job = Unlaunched(flags, out, "--resume_from_checkpoint", "True")
     assert job.end() == [0, 0], job.said()
     return losses(out)
 
 
 def resumes(flags, out, uninterrupted):
     """Whether the same command goes on to the very losses of the run without a fault."""
-    job = Job(flags, out, "--resume_from_checkpoint", "True")
+    job = Unlaunched(flags, out, "--resume_from_checkpoint", "True")
     assert job.end() == [0, 0], job.said()
     assert losses(out) == uninterrupted
 
@@ -146,7 +146,7 @@ def terminate(out):
 
 @pytest.mark.rehearse
 def test_sigterm_on_one_rank_saves_and_stops_all(flags, tmp_path, uninterrupted):
-    job = Job(flags, tmp_path / "out", faults={1: terminate})
+    job = Unlaunched(flags, tmp_path / "out", faults={1: terminate})
     assert job.end() == [128 + signal.SIGTERM] * 2, job.said()
     assert job.said().count("SIGTERM reached rank 1: saved after step 6") == 1
     assert list(losses(tmp_path / "out")) == list(range(1, AT + 2))
@@ -160,7 +160,7 @@ def die(out):
 
 @pytest.mark.rehearse
 def test_the_first_rank_dies_and_is_named(flags, tmp_path, uninterrupted):
-    job = Job(flags, tmp_path / "out", faults={0: die})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: die})
     assert job.end() == [-signal.SIGKILL, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 0 on ")
@@ -179,7 +179,7 @@ HANGS = inspect.getsourcelines(hang)[1] + 2
 @pytest.mark.rehearse
 def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
     """As on a GPU, where the process waits for the device and not for the collective."""
-    job = Job(flags, tmp_path / "out", faults={0: hang, 1: die})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: hang, 1: die})
     assert job.end() == [1, -signal.SIGKILL], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 1 on ")
@@ -188,7 +188,7 @@ def test_a_rank_that_dies_while_no_collective_waits_for_it(flags, tmp_path):
 
 @pytest.mark.rehearse
 def test_of_three_ranks_the_one_that_hangs_is_named(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", faults={1: hang}, world=3)
+    job = Unlaunched(flags, tmp_path / "out", faults={1: hang}, world=3)
     assert job.end() == [1, 1, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 1 on ")
@@ -201,7 +201,7 @@ def late(out):
 
 @pytest.mark.rehearse
 def test_a_rank_that_hangs_is_named_by_the_collective_that_failed(flags, tmp_path, uninterrupted):
-    job = Job(flags, tmp_path / "out", faults={0: late, 1: hang})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: late, 1: hang})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 1 on ")
@@ -218,7 +218,7 @@ def wait_for_a_device(out):
 @pytest.mark.rehearse
 def test_a_rank_that_hangs_is_named_where_no_collective_fails(flags, tmp_path):
     """As under NCCL, which tells no Python of a collective that times out."""
-    job = Job(flags, tmp_path / "out", faults={0: wait_for_a_device, 1: hang})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: wait_for_a_device, 1: hang})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: rank 1 on ")
@@ -247,7 +247,7 @@ def stumble(out):
 
 @pytest.mark.rehearse
 def test_ranks_that_need_long_without_each_other_are_left_alone(flags, tmp_path, uninterrupted):
-    job = Job(flags, tmp_path / "out", faults={0: rest, 1: stumble})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: rest, 1: stumble})
     assert job.end() == [0, 0], job.said()
     assert losses(tmp_path / "out") == uninterrupted
 
@@ -258,7 +258,7 @@ def lose(out):
 
 @pytest.mark.rehearse
 def test_an_error_of_many_words_is_read_by_the_others(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", faults={0: lose, 1: lose})
+    job = Unlaunched(flags, tmp_path / "out", faults={0: lose, 1: lose})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert error.startswith("train.py: error: all ranks are alive and reach rank 0, but a collective between them")
@@ -271,7 +271,7 @@ def lose_with_the_disk(out):
 
 @pytest.mark.rehearse
 def test_a_disk_that_hangs_keeps_no_rank(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", "--ddp_timeout", "6", faults=dict.fromkeys(range(2), lose_with_the_disk))
+    job = Unlaunched(flags, tmp_path / "out", "--ddp_timeout", "6", faults=dict.fromkeys(range(2), lose_with_the_disk))
     assert job.end() == [1, 1], job.said()
     for rank, error in enumerate(job.errors()):
         assert error.startswith(f"train.py: error: rank {rank} on {os.uname().nodename}: DistBackendError: ")
@@ -283,7 +283,7 @@ def fail(out):
 
 
 def test_an_error_on_one_rank_is_the_one_that_is_told(flags, tmp_path):
-    job = Job(flags, tmp_path / "out", faults={1: fail})
+    job = Unlaunched(flags, tmp_path / "out", faults={1: fail})
     assert job.end() == [1, 1], job.said()
     assert [line for line in job.errors() if line.startswith("train.py")] == [
         f"train.py: error: rank 1 on {os.uname().nodename}: ValueError: a batch of nothing"
@@ -303,7 +303,7 @@ def test_a_peer_that_is_cut_off_is_named(flags, tmp_path, uninterrupted):
     out = tmp_path / "out"
     with hosts.Hosts(2) as pair:
         both = dict.fromkeys(range(2), wait_for_the_cut)
-        job = Job(flags, out, faults=both, spaces=tuple(pair._spaces), address=pair.addresses[0])
+        job = Unlaunched(flags, out, faults=both, spaces=tuple(pair._spaces), address=pair.addresses[0])
         deadline = time.monotonic() + PATIENCE
         while not (out / "log.jsonl").exists() or AT not in losses(out):
             assert time.monotonic() < deadline, job.said()
@@ -324,7 +324,7 @@ def fill(out):
 @pytest.mark.rehearse
 def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(flags, small_disk, tmp_path, uninterrupted):
     out = small_disk / "out"
-    job = Job(flags, out, faults={1: fill})
+    job = Unlaunched(flags, out, faults={1: fill})
     assert job.end() == [1, 1], job.said()
     (error,) = job.errors()
     assert f"{out}/" in error

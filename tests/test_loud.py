@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from models import batch, odd_model, trained
-from sharded_run import start_engine, train_alone, train_engine
+from models import batch, odd_model, train_alone, trained
+from sharded_run import start_engine, train_engine
 
 from loft_ds import LoFTAdamW
 

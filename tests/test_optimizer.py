@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import batch, odd_model, one_layer, relative, trained, two_groups
+from models import batch, odd_model, one_layer, relative, train_alone, trained, two_groups
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -17,14 +17,7 @@ from loft_ds.step import EXACT_STEPS
 
 
 def train(model, optimizer, steps, start=0, scheduler=None):
-    dtype = next(p for p in model.parameters() if p.requires_grad).dtype
-    for step in range(start, start + steps):
-        x, y = batch(step, dtype=dtype)
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if scheduler is not None:
-            scheduler.step()
+    train_alone(model, optimizer, range(start, start + steps), scheduler=scheduler)
     return {name: p.detach().clone() for name, p in trained(model).items()}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import batch, odd_model, one_layer, trained, two_groups
+from models import odd_model, one_layer, train_alone, trained, two_groups
 from sharded_run import train_sharded
 from test_kernels import Allocations
 from torch import Tensor
@@ -208,11 +208,7 @@ VARIANTS = {
 def train(steps, start=0, model=None, optimizer=None, **kwargs):
     model = odd_model() if model is None else model
     optimizer = optimizer or LoFTAdamW(model, lr=1e-2, params=two_groups(model), **kwargs)
-    for step in range(start, steps):
-        x, y = batch(step)
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_alone(model, optimizer, range(start, steps))
     return {name: p.detach().clone() for name, p in trained(model).items()}, optimizer
 
 

@@ -110,9 +110,10 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
+# In full precision the last one is the one before it.
 DTYPES = pytest.mark.parametrize(
     ("capability", "dtype"),
-    [("DEFAULT", torch.float64), *((each, torch.float32) for each in CAPABILITIES)],
+    [("DEFAULT", torch.float64), *((each, torch.float32) for each in CAPABILITIES[:-1])],
     indirect=["capability"],
 )
 

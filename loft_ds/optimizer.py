@@ -110,6 +110,7 @@ class LoFTAdamW(Optimizer):
             )
         self.model = model
         self.trainable = find_trainable(model)
+        kernels.prepare()
         self._four_bit_layers = four_bit_layers(model)
         self.max_grad_norm = max_grad_norm
         self.second_moment_dtype = second_moment_dtype

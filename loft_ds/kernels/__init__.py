@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import compiled, tiled
@@ -25,6 +26,7 @@ __all__ = [
     "accumulate_second_moment_",
     "at_home",
     "normalized_update",
+    "prepare",
     "projected_update",
     "zeros_at_home",
 ]
@@ -44,6 +46,12 @@ def _fused() -> ModuleType | None:
 def _implementation(factor: Tensor, packed: Sequence[Tensor]) -> ModuleType:
     fast = _fused() if factor.is_cuda else compiled if factor.device.type == "cpu" else None
     return fast if fast is not None and fast.supports(factor, packed[0]) else tiled
+
+
+def prepare() -> None:
+    """Builds what a machine without an accelerator will need: in the middle of a step other ranks would wait for it."""
+    if not torch.accelerator.is_available():
+        compiled.library()
 
 
 def projected_update(

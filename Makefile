@@ -34,7 +34,12 @@ train: $(STAMP)
 test: lint types
 	$(RUN) python -m pytest -n 2 --dist loadfile
 
-rehearse: $(STAMP)
+# Programs that LoFT plugs into, which no other tier needs. They pin other releases than constraints.txt.
+$(VENV)/integrations: tests/integrations.txt | $(STAMP)
+	$(BIN)/python -m pip install --no-deps --upgrade --target $@ -r $<
+	touch $@
+
+rehearse: $(STAMP) $(VENV)/integrations
 	$(RUN) python -m pytest -m rehearse -n 2 --dist loadfile
 
 study-quick: $(STAMP)

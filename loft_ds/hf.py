@@ -51,6 +51,8 @@ class LoFT:
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of a model; without one the factory."""
         if model is None:
+            if kwargs:
+                raise TypeError(f"LoFT is built from the model, not from {', '.join(kwargs)} alone: LoFT(model, lr=...)")
             return super().__new__(cls)
         return LoFTAdamW(model, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""LoFT through the hooks of programs that build their Trainer themselves: the same training as LoFTTrainer's, to a bit.
+"""LoFT through the hooks of programs that build their trainer themselves: the same training as without them, to a bit.
 
 With the programs' own code, as far as it imports without all that they depend on. Each runs in a process of its own:
 ``python tests/test_integrations.py swift``.
@@ -8,28 +8,49 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_helpers import ROOT
+from launch_helpers import ROOT, make_model
 
 PACKAGES = Path(sys.prefix) / "integrations"
 
 
-@pytest.mark.parametrize("program", ["axolotl", "swift"])
-def test_a_program_trains_as_lofttrainer_does(program):
-    if not (PACKAGES / program).is_dir():
+@pytest.mark.rehearse
+@pytest.mark.parametrize("program", ["axolotl", "llamafactory", "llamafactory.v1", "swift"])
+def test_a_program_trains_as_loft_does_without_it(program):
+    if not (PACKAGES / program.replace(".", "/")).is_dir():
         pytest.skip(f"{program} is not in {PACKAGES}: pip install --no-deps --target it -r tests/integrations.txt")
-    environment = os.environ | {"PYTHONPATH": str(PACKAGES)}
+    # LLaMA-Factory 0.9.5 would refuse Transformers newer than 5.6.
+    environment = os.environ | {"PYTHONPATH": str(PACKAGES), "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1"}
     command = [sys.executable, __file__, program]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"optimizer": "LoFTAdamW", "difference": 0.0}
+
+
+def test_llamafactory_with_an_optimizer_of_its_own_raises(tmp_path):
+    import torch
+    from test_trainer import Regression, arguments, examples
+    from transformers import Trainer
+
+    from loft_ds.integrations.llamafactory import LoFTCallback
+
+    class OwnTrainer(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.parameters())
+            return self.optimizer
+
+    trainer = OwnTrainer(Regression(), arguments(tmp_path), train_dataset=examples(), callbacks=[LoFTCallback()])
+    with pytest.raises(RuntimeError, match="SGD would train, and not LoFT: leave use_galore"):
+        trainer.train()
 
 
 def axolotl_trainer(**kwargs: Any) -> Any:
@@ -76,6 +97,80 @@ def swift_trainer(**kwargs: Any) -> Any:
     return trainer
 
 
+def llamafactory_trainer(**kwargs: Any) -> Any:
+    """LLaMA-Factory's own Trainer for fine-tuning, with the callback that its ``run_exp`` is handed."""
+    # It imports torchaudio, for sounds. The newest, 2.11.1, does not load beside the torch that the tests run with.
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+
+    from loft_ds.integrations.llamafactory import LoFTCallback
+
+    for unset in ("fp8", "generation_config", "predict_with_generate"):
+        setattr(kwargs["args"], unset, None)  # fields of LLaMA-Factory's own arguments
+    chosen = {"finetuning_args": FinetuningArguments(), "processor": None, "tokenizer": None}
+    return CustomSeq2SeqTrainer(callbacks=[LoFTCallback()], **chosen, **kwargs)
+
+
+def compare_v1() -> dict[str, Any]:
+    """How far a whole job of LLaMA-Factory's new trainer ends from LoFT that is built by hand in that trainer."""
+    from llamafactory.v1.accelerator.interface import DistributedInterface
+    from llamafactory.v1.config import get_args
+    from llamafactory.v1.core.data_engine import DataEngine
+    from llamafactory.v1.core.model_engine import ModelEngine
+    from llamafactory.v1.trainers.sft_trainer import SFTTrainer
+    from safetensors.torch import load_file
+
+    from loft_ds import LoFTAdamW
+    from loft_ds.integrations import llamafactory
+
+    clip = 0.01
+
+    class ByHand(SFTTrainer):
+        """Nothing clips but LoFT."""
+
+        def _init_optimizer(self) -> None:
+            self.args.max_grad_norm = math.inf
+            self.optimizer = LoFTAdamW(self.model, lr=1e-2, weight_decay=0.1, max_grad_norm=clip)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, yaml = Path(folder, "data.jsonl"), Path(folder, "config.yaml")
+        data.write_text("\n".join(json.dumps({"messages": conversation(i)}) for i in range(8)))
+        config = {
+            "model": str(make_model(Path(folder, "model"))),
+            "train_dataset": str(data),
+            "peft_config": {"name": "lora", "r": 3, "lora_dropout": 0.0},
+            "max_steps": 4,
+            "micro_batch_size": 2,
+            "batching_workers": 0,
+        }
+        model_args, data_args, args, _ = get_args({**config, "output_dir": f"{folder}/by hand"})
+        DistributedInterface(args.dist_config)
+        engine = ModelEngine(model_args, is_train=True)
+        trainer = ByHand(args, engine.model, engine.renderer, DataEngine(data_args.train_dataset))
+        trainer.fit()
+        assert trainer.optimizer.grad_norm > clip
+        trainer.save_model()
+
+        chosen = {"optim_config": {"name": "loft", "weight_decay": 0.1}, "learning_rate": 1e-2, "max_grad_norm": clip}
+        yaml.write_text(json.dumps({**config, **chosen, "output_dir": f"{folder}/job"}))  # JSON is YAML
+        os.environ["USE_V1"], sys.argv[1:] = "1", [str(yaml)]
+        llamafactory.main()
+        by_hand, job = (load_file(Path(folder, name, "adapter_model.safetensors")) for name in ("by hand", "job"))
+    assert all(p.any() for name, p in job.items() if "lora_B" in name)  # zero at the start
+    difference = max((by_hand[name] - p).abs().max().item() for name, p in job.items())
+    return {"optimizer": type(trainer.optimizer).__name__, "difference": difference}
+
+
+def conversation(i: int) -> list[dict[str, Any]]:
+    """A sample as LLaMA-Factory's new trainer wants it."""
+    said = {"user": f"{i} * {i}", "assistant": f"{i * i}"}
+    return [
+        {"role": who, "content": [{"type": "text", "value": text}], "loss_weight": float(who == "assistant")}
+        for who, text in said.items()
+    ]
+
+
 def compare(program: str) -> dict[str, Any]:
     """How far a program's Trainer ends from LoFTTrainer, and what has trained."""
     import torch
@@ -85,7 +180,8 @@ def compare(program: str) -> dict[str, Any]:
     from loft_ds import LoFTTrainer
 
     ends = {}
-    kinds = {"loft_ds": LoFTTrainer, program: {"axolotl": axolotl_trainer, "swift": swift_trainer}[program]}
+    trainers = {"axolotl": axolotl_trainer, "llamafactory": llamafactory_trainer, "swift": swift_trainer}
+    kinds = {"loft_ds": LoFTTrainer, program: trainers[program]}
     for name, kind in kinds.items():
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
@@ -97,4 +193,4 @@ def compare(program: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(sys.argv[1])))
+    print(json.dumps(compare_v1() if sys.argv[1] == "llamafactory.v1" else compare(sys.argv[1])))

@@ -95,6 +95,12 @@ def test_the_dictionary_is_in_place_of_the_arguments(tmp_path):
     assert_same(trainer, by_hand([2e-3] * STEPS, CLIP / 2))
 
 
+def test_without_a_model_and_with_settings_it_is_no_factory():
+    """As where a program builds its optimizer from parameters: LoFT(params=...)."""
+    with pytest.raises(TypeError, match=r"built from the model, not from params, lr alone: LoFT\(model, lr="):
+        LoFT(params=[torch.zeros(1, requires_grad=True)], lr=1e-3)
+
+
 def test_outside_a_trainer_it_builds_loft_alone(tmp_path):
     optimizer = LoFT()(Regression(), lr=2e-3)
     assert (optimizer.defaults["lr"], optimizer.max_grad_norm, len(optimizer.param_groups)) == (2e-3, None, 1)

@@ -1,0 +1,89 @@
+"""LoFT in LLaMA-Factory 0.9, which loads nothing of a user's: this module starts it, with LoFT among its plug-ins.
+
+``python -m loft_ds.integrations.llamafactory CONFIG.yaml`` in place of ``llamafactory-cli train CONFIG.yaml``. With
+``USE_V1=1`` it is the new trainer, and the YAML says ``optim_config: {name: loft}``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..hf import LoFT
+from ..optimizer import LoFTAdamW
+
+T = TypeVar("T")
+
+
+class LoFTCallback(TrainerCallback):
+    """Puts LoFT in its Trainer's optimizer's place: for a program that lets one pass a callback, and no optimizer.
+
+    Raises:
+        RuntimeError: when training begins: the program has chosen another optimizer all the same.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _asking(Trainer).optimizer_cls_and_kwargs = (LoFT, {})
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        while hasattr(optimizer, "optimizer"):  # wrappers of Accelerate's and of DeepSpeed's
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, LoFTAdamW):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would train, and not LoFT: leave use_galore, use_apollo, use_badam, "
+                "use_adam_mini, use_muon and loraplus_lr_ratio out of the YAML"
+            )
+
+
+def register() -> None:
+    """Make ``optim_config: {name: loft}`` known to the new trainer."""
+    from llamafactory.v1.core.base_trainer import BaseTrainer  # type: ignore[import-not-found]
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin  # type: ignore[import-not-found]
+
+    @OptimizerPlugin("loft").register()
+    def create_optimizer(model: nn.Module, config: Mapping[str, Any]) -> LoFTAdamW:
+        args = _asking(BaseTrainer).args
+        settings = {"lr": args.learning_rate}
+        if args.dist_config is None or args.dist_config.name != "deepspeed":  # there its JSON has the norm
+            # The trainer always clips, by the norm of the factors' gradients. LoFT clips in its step.
+            settings["max_grad_norm"], args.max_grad_norm = args.max_grad_norm, math.inf
+        own = {name: value for name, value in config.items() if name != "name"}
+        return LoFTAdamW(model.module if isinstance(model, DistributedDataParallel) else model, **{**settings, **own})
+
+
+def _asking(kind: type[T]) -> T:
+    """The trainer that calls: it hands neither itself nor its arguments over."""
+    callers = (each.frame.f_locals.get("self") for each in inspect.stack(0))
+    return next(each for each in callers if isinstance(each, kind))
+
+
+def main() -> None:
+    """Train as the command line says."""
+    from llamafactory.v1.utils.env import is_env_enabled  # type: ignore[import-not-found]
+
+    if is_env_enabled("USE_V1"):
+        from llamafactory.v1.launcher import main as run  # type: ignore[import-not-found]
+
+        register()
+        run()
+    else:
+        from llamafactory.train.tuner import run_exp  # type: ignore[import-not-found]
+
+        run_exp(callbacks=[LoFTCallback()])
+
+
+if __name__ == "__main__":
+    main()

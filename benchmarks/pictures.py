@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
-from pages import facts_of, state_of, stored
+from pages import FAULTS, facts_of, faulty_of, state_of, stored
 from torch import Tensor
 
 from loft_ds import LoFTAdamW, algebra
@@ -640,6 +640,50 @@ def draw_main_job(data: dict[str, Any]) -> Figure:
     return figure
 
 
+# --- reliability: runs under faults on the unbroken one
+
+
+def load_reliability() -> dict[str, Any]:
+    """All runs."""
+    return stored("reliability")
+
+
+@styled
+def draw_reliability(data: dict[str, Any]) -> Figure:
+    """The losses, where the faults came, and how far the losses are apart."""
+    figure = Figure(figsize=(12, 6.4))
+    plots = figure.subplot_mosaic([["left", "right"], ["below", "right"]], width_ratios=(1.4, 1))
+    left, right, below = plots["left"], plots["right"], plots["below"]
+    unbroken, faulty = data["runs"][0]["losses"], faulty_of(data)
+    steps = range(1, len(unbroken) + 1)
+    left.plot(steps, unbroken, color="#bbbbbb", linewidth=7, label="unbroken")
+    for (kind, runs), colour in zip(faulty.items(), (BLUE, RED), strict=True):
+        for run in runs:
+            left.plot(steps, run["losses"], color=colour, linewidth=1.2, label=f"faults, {kind}")
+    for run in data["runs"][1:]:
+        apart = [abs(a - b) or None for a, b in zip(run["losses"], unbroken, strict=True)]  # none on a logarithmic axis
+        if run in faulty["other ranks"]:
+            right.plot(steps, apart, color=RED, linewidth=1.2, label="faults, other ranks")
+        elif not run["faults"]:
+            right.plot(steps, apart, "--", color=BLACK, label=run["name"])
+    every = [run for runs in faulty.values() for run in runs]
+    for kind, colour in zip(FAULTS, (RED, BLACK, PINK, GREEN, ORANGE, BLUE), strict=True):
+        struck = [(row, job) for row, run in enumerate(every) for job in run["jobs"] if job["fault"] == kind]
+        at = [job.get("last", job["whole"]) for _, job in struck]
+        below.plot(at, [row for row, _ in struck], "|", color=colour, markersize=11, markeredgewidth=2.2, label=kind)
+    left.set(ylabel="loss", title="losses of all runs")
+    below.set(xlabel="step", yticks=range(len(every)), title="faults, after the last step that was done")
+    below.set_yticklabels([run["name"] for run in every])
+    below.set_ylim(len(every) - 0.4, -0.6)
+    below.sharex(left)
+    right.set(xlabel="step", title="|loss - loss unbroken|, float32", yscale="log")
+    handles: dict[str, Any] = {}
+    for axes in (left, right, below):
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+    return figure
+
+
 # --- quality: the sweep of a study, and its measure over ranks
 
 
@@ -701,6 +745,7 @@ PICTURES: dict[str, tuple[Callable[[], Any], Callable[[Any], Figure]]] = {
     "scaling": (load_scaling, draw_scaling),
     "resume": (load_resume, draw_resume),
     "main_job": (load_main_job, draw_main_job),
+    "reliability": (load_reliability, draw_reliability),
     **{f"quality_{name}": (functools.partial(load_study, name), draw_study) for name in STUDIES_DRAWN},
 }
 

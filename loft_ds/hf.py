@@ -30,7 +30,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from .checkpoint import CheckpointError, last_tag, load_checkpoint, naming, save_checkpoint
 from .export import adapter_state_dict
 from .optimizer import LoFTAdamW
-from .ranks import all_gather
+from .ranks import all_gather, together
 from .zero.unsupported import find_model_refusal
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class LoFT:
         """The optimizer of a model; without one the factory."""
         if model is None:
             if kwargs:
-                raise TypeError(f"LoFT is built from the model, not from {', '.join(kwargs)} alone: LoFT(model, lr=...)")
+                given = ", ".join(kwargs)
+                raise TypeError(f"LoFT is built from the model, not from {given} alone: LoFT(model, lr=...)")
             return super().__new__(cls)
         return LoFTAdamW(model, *args, **kwargs)
 
@@ -273,6 +274,10 @@ class LoFTMixin(Base):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with naming(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with together():  # next the first rank says that the checkpoint is whole, and deletes the one before
+            super()._save_rng_state(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.use_loft:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -280,6 +281,20 @@ def test_a_disk_that_hangs_keeps_no_rank(flags, tmp_path):
 
 def fail(out):
     raise ValueError("a batch of nothing")
+
+
+def test_ranks_that_do_not_meet_end():
+    """Joining has no time-out of its own where a connection is open to a rank that has stopped."""
+    joining = (
+        "import time; from loft_ds.training.faults import bounded_joining\nwith bounded_joining(0.1): time.sleep(60)"
+    )
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    done = subprocess.run([sys.executable, "-c", joining], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the 2 ranks did not all meet at node0:29500 within 0.2 s" in done.stderr
+    with faults.bounded_joining(0.1):
+        pass
+    time.sleep(0.4)  # it would have ended this process by now
 
 
 def test_an_error_on_one_rank_is_the_one_that_is_told(flags, tmp_path):

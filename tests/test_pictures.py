@@ -188,3 +188,19 @@ def test_a_study(drawn, name):
     rows = frame[(frame["method"] == "LoRA") & (frame["seed"] == 0)].sort_values("lr")
     shown = lines_of(figure.axes[1])
     assert shown == {f"r = {rank}": [*zip(cell["lr"], cell[score], strict=True)] for rank, cell in rows.groupby("rank")}
+
+
+def test_reliability(drawn):
+    data, figure = drawn("reliability")
+    left, right, below = figure.axes
+    unbroken, *runs = data["runs"]
+    faulty = sorted((run for run in runs if run["faults"]), key=lambda run: run["name"], reverse=True)
+    whole, *shown = (list(line.get_ydata()) for line in left.lines)
+    assert whole == unbroken["losses"]
+    assert sorted(shown) == sorted(run["losses"] for run in faulty)
+    assert all(run["losses"] == whole for run in faulty if run["name"].startswith("same ranks"))
+    # Losses of 5 in float32, summed in another order on other ranks.
+    moved = [line for line in right.lines if line.get_color() == pictures.RED]
+    assert max(apart for line in moved for apart in line.get_ydata() if apart) < 1e-5
+    struck = sum(job["fault"] in pictures.FAULTS for run in faulty for job in run["jobs"])
+    assert sum(len(line.get_xdata()) for line in below.lines) == struck > 0

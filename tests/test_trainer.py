@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loft_ds import LoFT, LoFTAdamW, LoFTTrainer
+from loft_ds.checkpoint import CheckpointError
 from loft_ds.hf import SaveOnSIGTERM
 
 STEPS, CLIP = 6, 0.2
@@ -205,6 +206,29 @@ def test_ordinary_resume_is_bitwise(ranks, stage, bf16, tmp_path):
         resumed, rest, _, _ = ranks(1)(interrupted, stage, cut, True, bf16=bf16)[0]
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         assert rest == norms  # the log before the interruption comes back with the Trainer's state
+
+
+def fail_at_the_last_file(rank, world, folder):
+    """The second rank cannot write its random state, which is the last that a checkpoint has of it."""
+    save = Trainer._save_rng_state
+
+    def save_or_fail(self, output_dir):
+        if rank == 1 and self.state.global_step == 4:
+            raise OSError("no space left")
+        save(self, output_dir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", save_or_fail)
+        with pytest.raises((OSError, CheckpointError), match="no space left"):
+            interrupted(rank, world, None, folder, None)
+
+
+def test_a_checkpoint_is_whole_once_all_ranks_have_written_theirs(ranks, tmp_path):
+    """Only then does the first rank write the Trainer's state, which marks it, and delete the checkpoint before."""
+    ranks(2)(fail_at_the_last_file, tmp_path)
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    assert (tmp_path / "checkpoint-4").exists()
+    assert not (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
 
 
 @pytest.mark.parametrize(("saved", "stage"), [(3, 2), (2, None), (None, 2), (None, None)])

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -244,6 +245,36 @@ class Watch(TrainerCallback):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def bounded_joining(timeout: float) -> Iterator[None]:
+    """A block that joins the process group, and that no rank stays in for ever.
+
+    On a CPU the TrainingArguments start the group, with torch's half an hour for a rank that does not come. And an open
+    connection to a rank 0 that is stopped or cut off has no time-out at all.
+
+    Args:
+        timeout: seconds that a collective may take. Waiting for the others may take as long, and the first collective.
+    """
+
+    def leave() -> None:
+        rank, world, host, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        print(
+            f"train.py: error: rank {rank} on {socket.gethostname()}: the {world} ranks did not all meet at "
+            f"{host}:{port} within {2 * timeout:g} s: one has died, was stopped, or does not reach it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(2 * timeout, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _is_of_a_collective(error: BaseException | None) -> bool:

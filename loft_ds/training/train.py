@@ -47,7 +47,7 @@ from .arguments import LaunchArguments, Optimizer, build, local_world_size, pars
 from .assets import MODEL_NAME, TEXT_NAME, default_model
 from .checks import LaunchError, check_adapters, check_flags, find_mismatches
 from .data import Encoder, read_documents, split
-from .faults import Watch
+from .faults import Watch, bounded_joining
 from .logs import LOG, LoggedTrainer
 from .packing import CheckApart, Flatten, pack
 from .report import write_report
@@ -143,6 +143,12 @@ def train(argv: list[str] | None = None) -> None:
         )
         check_adapters(config, lora)
     training, held_out, apart = split(documents, held_out, Encoder(tokenizer, parsed), parsed)
+    batch = parsed.per_device_eval_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if parsed.dataloader_drop_last and len(held_out) < batch:
+        raise LaunchError(
+            f"--dataloader_drop_last drops all {len(held_out)} held-out blocks, less than a batch of {batch}: "
+            "leave it out, or lower --per_device_eval_batch_size"
+        )
     collator: DataCollator | None = None  # blocks are of one length
     if parsed.packing:
         training, held_out, collator = pack(training, parsed.block_size), pack(held_out, parsed.block_size), Flatten()
@@ -157,10 +163,11 @@ def train(argv: list[str] | None = None) -> None:
         # Each rank reads all of it and keeps its own: rank 0 could not hand out batches of different lengths.
         parsed.accelerator_config = parsed.accelerator_config or {"dispatch_batches": False}
     # From here on the DeepSpeed settings are known to Transformers, which under stage 3 shards what it loads.
-    args, training_args = build(parsed)
-    if training_args.deepspeed_plugin is not None:  # of --deepspeed, or of `accelerate launch`
-        # On a CPU the Trainer starts torch.distributed alone, and loading under stage 3 would count one process.
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=training_args.ddp_timeout))
+    with bounded_joining(parsed.ddp_timeout):
+        args, training_args = build(parsed)
+        if training_args.deepspeed_plugin is not None:  # of --deepspeed, or of `accelerate launch`
+            # On a CPU the Trainer starts torch.distributed alone, and loading under stage 3 would count one process.
+            deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=training_args.ddp_timeout))
     with Watch(training_args.output_dir, training_args.ddp_timeout) as watch:
         transformers.set_seed(training_args.seed)  # the same adapters on every rank
         model = load_model(source, lora, args, training_args)

@@ -283,7 +283,7 @@ def test_a_bad_file_is_named(tmp_path, name, content, message, no_weights):
 
 def test_what_leaves_nothing_to_evaluate_on_is_refused(text, tmp_path, no_weights):
     flags = ["--train_file", str(text), "--output_dir", str(tmp_path), "--max_eval_blocks", "2", "--use_cpu", "True"]
-    with pytest.raises(LaunchError, match="drops all 2 held-out blocks, less than a batch of 8"):
+    with pytest.raises(LaunchError, match=r"drops all \d held-out blocks, less than a batch of 8"):
         train.train([*flags, "--dataloader_drop_last", "True"])
 
 

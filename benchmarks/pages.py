@@ -8,15 +8,18 @@ Those of the quality studies are made by ``studies/page.py``.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Callable
+from statistics import fmean, median
 from typing import Any
 
 import pandas
 
 from provenance import RESULTS, ROOT
-from studies.page import LOFT, folded, page, read_study, release_of, table_of, versions_of, write_quality
+from studies.page import LOFT, folded, page, read_study, release_of, shown, table_of, versions_of, write_quality
 
 ALTERNATING = "LoFT alternating"
 PAGES_FOLDER = ROOT / "docs" / "results"
@@ -25,7 +28,10 @@ STATE_KINDS = ("momentum", "second moments", "pending or before", "pending or pr
 
 
 def stored(name: str) -> dict[str, Any]:
-    """A results file."""
+    """A results file; of JSON lines, one a run, what the last one says, and all of them as ``runs``."""
+    if (lines := RESULTS / f"{name}.jsonl").exists():
+        runs = [json.loads(line) for line in lines.read_text().splitlines()]
+        return {**runs[-1], "runs": runs}
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
@@ -48,7 +54,8 @@ def measured(name: str) -> str:
 
 def source_of(name: str, **more: Any) -> str:
     """Where a file's numbers come from."""
-    data = {"data": f"[{name}.json](../../benchmarks/results/{name}.json)"}
+    (file,) = (each.name for each in RESULTS.glob(f"{name}.json*"))
+    data = {"data": f"[{file}](../../benchmarks/results/{file})"}
     lines = (f"- {key}: {value}" for key, value in {**data, **facts_of(name), **more}.items())
     return "\n".join(["## Where it comes from", "", *lines])
 
@@ -305,6 +312,183 @@ def precision() -> str:
     )
 
 
+LARGE_EPS = 1e-4  # the authors' default
+
+
+def grpo() -> str:
+    """Rewards, norms and denominators of reinforcement learning at rank 1."""
+    found = stored("grpo")
+    runs = pandas.DataFrame(found["runs"])
+    runs["earned"] = runs["reward"].map(fmean)
+    runs["end"] = [rewards[-1] for rewards in runs["reward"]]
+    case, first = ["method", "eps"], runs[runs["seed"] == 0].sort_values("lr")
+    rewards, gradients, curves = [], [], []
+    for (method, eps, lr), cell in runs.groupby([*case, "lr"]):
+        if len(cell) == 1:
+            continue
+        swept = first[(first["method"] == method) & (first["eps"] == eps)]
+        edge = lr in (swept["lr"].min(), swept["lr"].max()) and swept["earned"].idxmax() in cell.index
+        row = {"optimizer": method, "eps": f"{eps:g}", "learning rate": f"{lr:g}{' *' * edge}"}
+        rewards.append({**row, "all steps": shown(cell["earned"]), "last step": shown(cell["end"])})
+        clipped_by, own = (float(cell[kind].explode().astype(float).median()) for kind in ("grad_norm", "factors_norm"))
+        divisors = pandas.DataFrame(list(cell["denominators"])).median()
+        kept = divisors["0.5"] / (divisors["0.5"] + LARGE_EPS)
+        spread = {f"denominators, {float(part):.0%}": f"{value:.1e}" for part, value in divisors.items()}
+        norms = {"clips by": f"{clipped_by:.2g}", "norm of the factors' gradients": f"{own:.2g}"}
+        gradients.append({**row, **norms, **spread, f"eps {LARGE_EPS:g} leaves": f"{kept:.0%}"})
+        means = pandas.DataFrame(cell["reward"].tolist()).mean()
+        curves.append({**row, **{f"{step}": f"{value:.2f}" for step, value in enumerate(means, start=1)}})
+    sweep = [
+        {"optimizer": method, "eps": f"{eps:g}", "learning rate": f"{lr:g}", "all steps": f"{earned:.3f}"}
+        for method, eps, lr, earned in first[[*case, "lr", "earned"]].itertuples(index=False)
+    ]
+    return page(
+        "# Does eps explain a bad run at rank 1?",
+        measured("grpo"),
+        f"SmolLM2-135M-Instruct learns by TRL's GRPO to answer in digits, {found['steps']} steps at r = 1.\n"
+        "The reward is the share of an answer's characters that are digits. Means of the seeds with 95% intervals:",
+        table_of(rewards),
+        "Each optimizer is at the best of its swept rates, by the reward of all steps with seed 0.\n"
+        f"With eps of {LARGE_EPS:g} it is also at the best rate of the smaller one.\n"
+        "`*` says that the best rate lies at the edge of its sweep: a wider one may do better.",
+        "## What the denominators are",
+        "Medians over seeds, of norms over steps too:",
+        table_of(gradients),
+        "A denominator is the `sqrt(v)` that AdamW adds eps to, at the end of a run.\n"
+        "LoRA's are of the factors' numbers, LoFT's of the full matrices'. Shown are 10%, 50% and 90% quantiles.\n"
+        f"The last one is what eps of {LARGE_EPS:g} would leave of a step whose denominator is the middle one.",
+        folded("Reward of every step", "Means over seeds.", table_of(curves)),
+        folded("The sweep", "Reward of all steps with seed 0.", table_of(sweep)),
+        source_of("grpo", runs=len(runs), commits=", ".join(sorted({commit[:12] for commit in runs["commit"]}))),
+    )
+
+
+def reliability() -> str:
+    """What faults have cost."""
+    found = stored("reliability")
+    runs, settings = faulty_of(found), found["settings"]
+    jobs = {kind: [job for run in each for job in run["jobs"]] for kind, each in runs.items()}
+    every = [job for each in jobs.values() for job in each]
+    faults = []
+    for kind, happens in FAULTS.items():
+        row = {f"on {name}": sum(job["fault"] == kind for job in each) for name, each in jobs.items()}
+        ends = [job["seconds to end"] for job in every if job["fault"] == kind] or [math.nan]
+        ended = {"seconds until all have ended": f"{median(ends):.1f}, at most {max(ends):.1f}"}
+        faults.append({"fault": kind, "what happens": happens, **row, **ended})
+    cells = {name: losses_of(each) for name, each in runs.items()}
+    rows = [
+        {"": key, **{f"on {name}": cell[key] for name, cell in cells.items()}} for key in next(iter(cells.values()))
+    ]
+    hung = [
+        f"{job['fault']} of rank {job['victim']} {'after' if 'last' in job else 'before'} the job's first step"
+        for job in every
+        if job["hung"]
+    ]
+    late = sum(job["fault"] == LATE for job in every)
+    elsewhere = [run for run in found["runs"][1:] if not run["faults"]]
+    unfaulted = [
+        {
+            "unbroken run": run["name"].partition(", ")[2],
+            "furthest loss of a step": f"{run['furthest loss']:.1g}",
+            "furthest weights": f"{run['furthest weights']:.1g}",
+        }
+        for run in elsewhere
+    ]
+    ranks, stages = ({job[key] for job in jobs["other ranks"]} for key in ("ranks", "stage"))
+    first = found["runs"][0]["jobs"][0]
+    return page(
+        "# Is anything lost when a job is killed?",
+        measured("reliability"),
+        f"Faults came for {settings['minutes']} minutes, to a small Llama that `launch/train.py` trains in float32.\n"
+        f"A run has {settings['steps']} steps, saves every {settings['save']} and keeps one checkpoint. "
+        "After a fault the same command goes on.\n"
+        f"What happens, to which rank and after which step is drawn from seed {settings['seed']}.\n"
+        "Every rank is on a host of its own, a network namespace.",
+        table_of(faults),
+        "The seconds are the median and the most, from the fault until no rank runs. "
+        f"A collective may wait for {settings['timeout']} s.\n"
+        "Ranks end by themselves or by the fault. One that has not after 180 s is ended, as is a stopped one after its "
+        "peers.\n"
+        f"Jobs that ended at a time-out without a fault, on a machine too busy: {late}.\n"
+        f"Jobs of which a rank had to be ended: {len(hung)}.",
+        "\n".join(f"- {job}" for job in hung),
+        JOINING if hung else "",
+        "## What was lost",
+        table_of(rows),
+        "Steps since the last checkpoint are done again.\n"
+        "A step is lost if it was saved and a restart goes on from before it.\n"
+        "It was saved if a later step had begun, or if all ranks had answered SIGTERM.\n"
+        "After every job the newest whole checkpoint is read and checked against its digests.",
+        f"The unbroken run is on {first['ranks']} ranks at ZeRO {first['stage']}, as are the runs on the same ranks.\n"
+        "The others change at every second restart. "
+        f"They were on {min(ranks)} to {max(ranks)} ranks, at ZeRO {min(stages)} to {max(stages)}.\n"
+        "Other ranks sum in another order. How far that carries a run without any fault:",
+        table_of(unfaulted),
+        "![Losses under faults and unbroken](../pictures/reliability.png)",
+        source_of("reliability", settings=settings),
+    )
+
+
+LATE = "time-out, not injected"
+JOINING = (
+    "Before its first step a job joins its process group. On a CPU torch's own half an hour bounds that, not "
+    "`--ddp_timeout`."
+)
+FAULTS = {
+    "SIGKILL": "one rank dies",
+    "SIGKILL of all ranks": "all die at once",
+    "SIGKILL in a save": "one rank dies within 0.2 s of a save's begin",
+    "SIGTERM": "one rank is told to end; all save",
+    "SIGSTOP": "one rank stops and does not die",
+    "cut network": "one rank's host loses its cable",
+}
+
+
+def faulty_of(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs under faults, by whether they stayed on their ranks."""
+    kinds = ("same ranks", "other ranks")
+    return {kind: [run for run in found["runs"] if run["name"].startswith(kind)] for kind in kinds}
+
+
+def losses_of(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """What runs have lost, in words and numbers."""
+    jobs = [job for run in runs for job in run["jobs"]]
+    torn = 0
+    for run in runs:
+        for before, job in zip([{"torn": 0, "whole": 0}, *run["jobs"]], run["jobs"], strict=False):
+            torn += bool(job["torn"]) and not (before["torn"] and before["whole"] == job["whole"])
+
+    def total(key: str) -> int:
+        return sum(run[key] for run in runs)
+
+    return {
+        "runs to their last step": str(len(runs)),
+        "minutes of training": f"{total('seconds') / 60:.0f}",
+        "faults": str(sum(job["fault"] in FAULTS for job in jobs)),
+        "restarts elsewhere": str(
+            sum(
+                (a["ranks"], a["stage"]) != (b["ranks"], b["stage"])
+                for run in runs
+                for a, b in itertools.pairwise(run["jobs"])
+            )
+        ),
+        "checkpoints left unfinished": str(torn),
+        "steps done again": str(total("steps done again")),
+        "of these on the same ranks and stage": str(total("on the same ranks and stage")),
+        "of those with another loss": str(total("of these with another loss")),
+        "steps lost": str(total("steps lost")),
+        "steps missing in the curve": str(total("steps missing")),
+        "bytes of checkpoints checked": f"{total('bytes checked'):,}",
+        "bytes lost": str(total("bytes damaged")),
+        "ranks that did not end": str(total("ranks hung")),
+        "furthest loss of a step": f"{max(run['furthest loss'] for run in runs):.1g}",
+        "furthest final weights": f"{max(run['furthest weights'] for run in runs):.1g}",
+        "bytes of the final adapter that differ": (
+            f"{total('bytes that differ')} of {total('bytes')}" if runs[0]["name"].startswith("same") else ""
+        ),
+    }
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "full_rank": full_rank,
     "step_time": step_time,
@@ -313,6 +497,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "main_job": main_job,
     "resume": resume,
     "precision": precision,
+    "grpo": grpo,
+    "reliability": reliability,
 }
 
 

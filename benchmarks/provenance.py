@@ -47,7 +47,7 @@ def device_name(device: torch.device | None = None) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     model = f"{len(models)} cores of {models[0]}" if models else platform.processor()
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
 
 
 def commit_of(folder: Path) -> str | None:

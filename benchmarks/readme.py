@@ -2,6 +2,7 @@
 
 python benchmarks/readme.py results
 python benchmarks/readme.py cost
+python benchmarks/readme.py step
 python benchmarks/readme.py badges >docs/pictures/badges.svg
 """
 
@@ -13,6 +14,7 @@ from importlib.metadata import metadata
 
 import torch
 from packaging.requirements import Requirement
+from pages import FUSED, OFFICIAL, milliseconds, stored
 
 from loft_ds.plan import GPUS, INTERCONNECTS, Job, memory, plan, shapes_of
 from loft_ds.plan.hardware import USABLE
@@ -71,6 +73,20 @@ def cost() -> str:
     return table_of(rows)
 
 
+def step() -> str:
+    """Measured time of a step of SmolLM2-135M's pairs."""
+    rows = []
+    for run in stored("step_time")["training"]:
+        taken = run["seconds"]
+        share = taken[LOFT] / (taken["forward and backward"] + taken[LOFT])
+        times = {LOFT: taken[LOFT], "the authors' code": taken[OFFICIAL], "LoRA's AdamW": taken[FUSED]}
+        shown = {name: f"{milliseconds(each)} ms" for name, each in times.items()}
+        rows.append(
+            {"a step, measured": f"r = {run['rank']}", **shown, "LoFT's part of a training step": f"{share:.1%}"}
+        )
+    return table_of(rows)
+
+
 def badges() -> str:
     """What a machine must have and the license, as the package's metadata say them: an SVG."""
     package = metadata("loft_ds")
@@ -89,7 +105,7 @@ def badges() -> str:
     return "\n".join([f'{head} font-family="sans-serif">', *parts, "</svg>"])
 
 
-PRINTED: dict[str, Callable[[], str]] = {"results": results, "cost": cost, "badges": badges}
+PRINTED: dict[str, Callable[[], str]] = {"results": results, "cost": cost, "step": step, "badges": badges}
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ def test_the_readme_is_short_and_has_its_blocks():
     assert {command for page, command, _ in BLOCKS if page == "README.md"} == {
         "benchmarks/readme.py results",
         "benchmarks/readme.py cost",
+        "benchmarks/readme.py step",
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import full_rank
 import matplotlib as mpl
 import pandas
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
@@ -652,7 +654,7 @@ def load_reliability() -> dict[str, Any]:
 def draw_reliability(data: dict[str, Any]) -> Figure:
     """The losses, where the faults came, and how far the losses are apart."""
     figure = Figure(figsize=(12, 6.4))
-    plots = figure.subplot_mosaic([["left", "right"], ["below", "right"]], width_ratios=(1.4, 1))
+    plots: dict[str, Axes] = figure.subplot_mosaic([["left", "right"], ["below", "right"]], width_ratios=(1.4, 1))
     left, right, below = plots["left"], plots["right"], plots["below"]
     unbroken, faulty = data["runs"][0]["losses"], faulty_of(data)
     steps = range(1, len(unbroken) + 1)
@@ -661,7 +663,8 @@ def draw_reliability(data: dict[str, Any]) -> Figure:
         for run in runs:
             left.plot(steps, run["losses"], color=colour, linewidth=1.2, label=f"faults, {kind}")
     for run in data["runs"][1:]:
-        apart = [abs(a - b) or None for a, b in zip(run["losses"], unbroken, strict=True)]  # none on a logarithmic axis
+        # Equal ones are nowhere on a logarithmic axis.
+        apart = [abs(a - b) or math.nan for a, b in zip(run["losses"], unbroken, strict=True)]
         if run in faulty["other ranks"]:
             right.plot(steps, apart, color=RED, linewidth=1.2, label="faults, other ranks")
         elif not run["faults"]:

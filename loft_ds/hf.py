@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -75,6 +76,7 @@ class LoFT:
         _check_search(trainer, kwargs)
         callbacks = trainer.callback_handler.callbacks
         if not trainer.is_deepspeed_enabled and not any(isinstance(each, _NoOtherClipping) for each in callbacks):
+            trainer.args = copy.copy(trainer.args)  # a step that fails would leave the user's own at 0
             trainer.add_callback(_NoOtherClipping())
         settings = settings_of(trainer.args, model, trainer.get_decay_parameter_names(model))
         settings["max_grad_norm"] = clipping_norm(trainer)

@@ -97,6 +97,8 @@ class LoFTAdamW(Optimizer):
             raise ValueError("second_moment_dtype must be None, or torch.bfloat16 for the matrix form")
         if denominator_precision not in get_args(kernels.Precision):
             raise ValueError(f'denominator_precision must be "ieee", "tf32" or "bf16", not {denominator_precision!r}')
+        if denominator_precision != "ieee" and not (in_matrices and self.blocks.projected_update):
+            raise ValueError("denominator_precision is for the projected update of the matrix form")
         if offload_second_moment and not in_matrices:
             raise ValueError(
                 "offload_second_moment is for the matrix form: the elementwise one is as small as momentum"
@@ -114,6 +116,7 @@ class LoFTAdamW(Optimizer):
         self._four_bit_layers = four_bit_layers(model)
         self.max_grad_norm = max_grad_norm
         self.second_moment_dtype = second_moment_dtype
+        self.denominator_precision = denominator_precision
         self.offload_second_moment = offload_second_moment
         self._runtime = Runtime(
             self.trainable, self.blocks, second_moment_dtype, offload_second_moment, denominator_precision
@@ -196,6 +199,7 @@ class LoFTAdamW(Optimizer):
             "max_grad_norm": self.max_grad_norm,
             "blocks": self.blocks,
             "second_moment_dtype": self.second_moment_dtype,
+            "denominator_precision": self.denominator_precision,
             "offload_second_moment": self.offload_second_moment,
             **self.defaults,
         }
@@ -252,10 +256,11 @@ class LoFTAdamW(Optimizer):
 class _OthersClipping:
     """Warns of who clips by the norm of the factors' own gradients: it is then the same in several steps running.
 
-    Nothing else tells of it: the gradients come into the step as if they had been smaller.
+    Nothing else tells of it: the gradients come into the step as if they had been smaller. In 16 bits, and of norms
+    below 1e-2, the clipped norm is rounded too much to tell.
     """
 
-    RUNNING = 5  # smooth losses pass a longest gradient too, but not so slowly
+    RUNNING = 6  # smooth losses pass a longest gradient too, but not so slowly; even, since alternating turns differ
     ALIKE, MOVED = 1e-5, 1e-3  # relative; the first is above the rounding of whoever clips in float32
 
     def __init__(self) -> None:
@@ -269,8 +274,12 @@ class _OthersClipping:
         norms = torch._foreach_norm([each for each in gradients if each is not None], 2, dtype=torch.float64)
         raw = torch.stack([each.to(norm.device) for each in norms]).norm()
         self._norms.append(torch.stack([raw, norm]).tolist())  # after a step, which has waited for the device
-        spreads = [1 - min(each) / (max(each) or 1.0) for each in zip(*self._norms, strict=True)]
-        if len(self._norms) == self.RUNNING and spreads[0] < self.ALIKE and spreads[1] > self.MOVED:
+        raws, ours = zip(*self._norms, strict=True)
+        raw_spread, odd_spread, even_spread = (
+            1 - min(each) / (max(each) or 1.0) for each in (raws, ours[::2], ours[1::2] or ours)
+        )
+        stands_still, moves = raw_spread < self.ALIKE, min(odd_spread, even_spread) > self.MOVED
+        if len(self._norms) == self.RUNNING and stands_still and moves:
             self._warned = True
             warnings.warn(CLIPPED.format(self._norms[-1][0], self.RUNNING), stacklevel=2)
 

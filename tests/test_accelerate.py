@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from models import batch, odd_model, trained
+from models import batch, odd_model, train_alone, trained
 from torch import Tensor
 
 from loft_ds import LoFTAdamW
@@ -87,12 +87,21 @@ def test_the_norm_that_loft_is_told_is_a_loop_by_hand():
 def test_accelerates_own_clipping_is_heard():
     """It clips by another norm, and moves the weights elsewhere."""
     accelerator, model, prepared, _ = prepare(norm=None)
-    with pytest.warns(UserWarning, match=rf"factors' own gradients was {CLIP} in 5 steps running: something clips"):
+    with pytest.warns(UserWarning, match=rf"factors' own gradients was {CLIP} in 6 steps running: something clips"):
         take(accelerator, model, prepared, range(STEPS), clip=CLIP)
     apart = [
         (p - q).abs().max() for p, q in zip(trained(model).values(), trained(by_hand().model).values(), strict=True)
     ]
     assert max(apart) > 1e-4  # a tenth of a step
+
+
+def test_a_loss_that_stands_still_is_no_clipping():
+    """The norms of a step in which B moves and of one in which A does differ, though nothing else changes."""
+    model = odd_model()
+    optimizer = LoFTAdamW(model, lr=0.0, turns="alternate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_alone(model, optimizer, [0] * 12)
 
 
 @pytest.mark.parametrize(

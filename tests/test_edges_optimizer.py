@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -28,6 +29,37 @@ def ready(**settings):
     optimizer = LoFTAdamW(model, lr=1e-2, **settings)
     go(model, optimizer)
     return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_all_settings(copied):
+    """Each argument has another value than its default, and the attribute of its name."""
+    given = {
+        "max_grad_norm": 0.5,
+        "second_moment_dtype": torch.bfloat16,
+        "denominator_precision": "bf16",
+        "offload_second_moment": True,
+    }
+    settings = inspect.signature(LoFTAdamW).parameters.keys() - {
+        "model",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "params",
+    }
+    assert settings == given.keys() | {"turns", "blocks"}
+    optimizer = copied(LoFTAdamW(odd_model(), turns="alternate", **given))
+    assert {name: getattr(optimizer, name) for name in given} == given
+    assert optimizer.blocks.turns == "alternate"
+    runtime = optimizer._runtime
+    assert (runtime.precision, runtime.second_moment_dtype, runtime.offload_second_moment) == (
+        "bf16",
+        torch.bfloat16,
+        True,
+    )
 
 
 def test_a_model_is_pickled_without_its_optimizer():

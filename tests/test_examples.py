@@ -331,7 +331,7 @@ def test_what_lightning_does_to_state_and_gradients_is_heard(fit, tmp_path):
     fit(3)
     with pytest.raises(TypeError, match="written into it would be lost"):  # when it loads
         fit(6, path=tmp_path / "lightning.ckpt")
-    with pytest.warns(UserWarning, match=r"factors' own gradients was 0\.2 in 5 steps running"):
+    with pytest.warns(UserWarning, match=r"factors' own gradients was 0\.2 in 6 steps running"):
         fit(6, norm=None, gradient_clip_val=0.2)
 
 

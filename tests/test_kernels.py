@@ -192,6 +192,18 @@ def test_vanishing_second_moment_gives_no_update(capability: str, dtype: torch.d
     assert alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis)).abs().max() < 1e-6
 
 
+def test_what_overflows_gives_no_update(capability: str) -> None:
+    """Of infinite second moments, as AdamW does; and of an eps beyond all."""
+    momentum, packed = (t.float() for t in moments(7, 3, seed=1))
+    basis = rows(5, 3, seed=2).float().abs()  # so that no infinity is taken from another
+    packed[2] = math.inf
+    update = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
+    assert float(update[2].abs().max()) < 1e-15  # an infinity may count as the largest number
+    assert update.isfinite().all()
+    update = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis, eps=1e30))
+    assert float(update.abs().max()) < 1e-20
+
+
 def test_nan_is_not_hidden(capability: str) -> None:
     momentum, packed = (t.float() for t in moments(4, 3, seed=1))
     momentum[1, 0] = math.nan
@@ -329,13 +341,14 @@ def test_where_nothing_can_be_compiled_plain_torch_takes_over(tmp_path, monkeypa
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / "broken.cpp")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr(compiled, "library", functools.cache(compiled.library.__wrapped__))
+    monkeypatch.setattr(compiled, "_library", functools.cache(compiled._library.__wrapped__))
     momentum, packed = (t.float() for t in moments(3, 2, seed=1))
     basis = rows(4, 2, seed=2).float()
     with caplog.at_level(logging.WARNING):
         update = alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
         alone(kernels.projected_update)(momentum, packed, basis, quotient_of(basis))
-    (said,) = (r.getMessage() for r in caplog.records if r.name == compiled.__name__)
+    building, said = (r.getMessage() for r in caplog.records if r.name == compiled.__name__)
+    assert "builds its kernels for this CPU, once" in building
     assert "plain torch kernels on this CPU, which are slower: Error building extension 'loft_ds_avx2" in said
     assert torch.equal(update, alone(tiled.projected_update)(momentum, packed, basis, quotient_of(basis)))
     assert list((tmp_path / "extensions").iterdir()) == [], "what others would find is whole or not there"

@@ -288,6 +288,10 @@ def test_unknown_layouts_raise():
             "torch.bfloat16 for the matrix form",
         ),
         ({"denominator_precision": "fp8"}, 'denominator_precision must be "ieee", "tf32" or "bf16"'),
+        (
+            {"denominator_precision": "bf16", "blocks": Blocks(second_moment="elementwise")},
+            "for the projected update of the matrix form",
+        ),
         ({"params": []}, "14 of them are missing"),
     ],
 )

@@ -80,6 +80,22 @@ def test_both_ways_are_a_loop_by_hand(kind, accumulation, tmp_path):
     assert trainer.args.max_grad_norm == CLIP  # what the user has said stands
 
 
+def test_a_step_that_fails_leaves_the_arguments_alone(tmp_path):
+    """They may be another Trainer's next, which would not clip."""
+    args = arguments(tmp_path)
+
+    class Failing(PlainInOrder):
+        def training_step(self, *given, **named):
+            if self.state.global_step == 2:
+                raise ArithmeticError("a step failed")
+            return super().training_step(*given, **named)
+
+    trainer = Failing(model=Regression(), args=args, train_dataset=DATA, optimizer_cls_and_kwargs=(LoFT, {}))
+    with pytest.raises(ArithmeticError, match="a step failed"):
+        trainer.train()
+    assert args.max_grad_norm == CLIP
+
+
 def test_without_a_norm_nobody_clips(tmp_path):
     trainer = train_with("factory", tmp_path, max_grad_norm=0.0)
     expected = by_hand(clip=1e-9)  # clips always, by nothing that changes a step of AdamW's but eps
@@ -134,7 +150,7 @@ def test_an_optimizer_that_is_passed_warns_of_the_other_clipping(tmp_path):
     model = Regression()
     way = {"optimizers": (LoFTAdamW(model, lr=1e-3), None), "model": model}
     trainer = PlainInOrder(args=arguments(tmp_path), train_dataset=DATA, **way)
-    with pytest.warns(UserWarning, match=rf"factors' own gradients was {CLIP} in 5 steps.*max_grad_norm=0\.0"):
+    with pytest.warns(UserWarning, match=rf"factors' own gradients was {CLIP} in 6 steps.*max_grad_norm=0\.0"):
         trainer.train()
 
 

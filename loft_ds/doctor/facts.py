@@ -16,6 +16,7 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ..kernels import compiled
 from ..zero.config import SettingsError
 from .findings import GB, first_line
 from .job import needs, read_settings
@@ -61,6 +62,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
             "backend": f"{backend} {nccl}".strip(),
             "device": f"{name}, {accelerator.total_memory() / GB:.0f} GB" if on_gpu else name,
+            **({} if on_gpu else {"kernels": compiled.capability() if compiled.library() else "plain torch"}),
         },
         "settings": settings,
         "wrong": wrong,

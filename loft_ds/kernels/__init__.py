@@ -48,9 +48,13 @@ def _implementation(factor: Tensor, packed: Sequence[Tensor]) -> ModuleType:
     return fast if fast is not None and fast.supports(factor, packed[0]) else tiled
 
 
-def prepare() -> None:
-    """Builds what a machine without an accelerator will need: in the middle of a step other ranks would wait for it."""
-    if not torch.accelerator.is_available():
+def prepare(device: torch.device | None = None) -> None:
+    """Builds what a CPU will need: in the middle of a step other ranks would wait for it.
+
+    Args:
+        device: that steps will be made on; by default the machine's accelerator, if it has one.
+    """
+    if not torch.accelerator.is_available() if device is None else device.type == "cpu":
         compiled.library()
 
 

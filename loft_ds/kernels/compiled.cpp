@@ -63,10 +63,12 @@ struct Aligned {
 
 // One step of Newton's method on the CPU's approximations leaves an error of about a unit in the last place.
 inline Vector inverse_root(Vector x) {
+  x = smaller(broadcast(FLT_MAX), larger(broadcast(FLT_MIN), x));  // of zero and infinity the step would make NaN
   const Vector w = about_inverse_root(x);
   return w * subtract_product(x * w * broadcast(0.5f), w, broadcast(1.5f));
 }
 inline Vector inverse(Vector x) {
+  x = smaller(broadcast(FLT_MAX), x);
   const Vector w = about_inverse(x);
   return w * subtract_product(x, w, broadcast(2.0f));
 }
@@ -149,13 +151,14 @@ inline float to_float(at::BFloat16 x) {
 }
 inline float to_float(float x) { return x; }
 
-// Columns [start, start + columns) of (r, l) in blocks (r, COLUMNS), zeros after the last.
-void lay_out(const float* from, float* blocks, int64_t r, int64_t l, int64_t start, int64_t columns) {
+// Columns [start, start + columns) of (r, l) in blocks (r, COLUMNS). After the last come zeros, or the last again: what
+// is finite there is finite after it, and times a value of zero it is nothing.
+void lay_out(const float* from, float* blocks, int64_t r, int64_t l, int64_t start, int64_t columns, bool again) {
   for (int64_t block = 0; block < columns; block += COLUMNS)
     for (int64_t a = 0; a < r; ++a, blocks += COLUMNS) {
       const int64_t here = std::clamp<int64_t>(l - start - block, 0, COLUMNS);
       std::copy_n(from + a * l + start + block, here, blocks);
-      std::fill(blocks + here, blocks + COLUMNS, 0.0f);
+      std::fill(blocks + here, blocks + COLUMNS, again ? from[a * l + l - 1] : 0.0f);
     }
 }
 
@@ -178,11 +181,11 @@ void project_rows(const float* momentum, const Stored* packed, const float* keys
   Aligned products(p * columns), key_blocks(r * columns), value_blocks(r * columns), totals(ROWS * r * LANES);
   Aligned roots(ROWS * COLUMNS), converted(std::is_same_v<Stored, float> ? 0 : ROWS * p);
   Aligned halved(halves ? ROWS * (words + LANES) : 0);
-  const Vector tiny = broadcast(FLT_MIN), low = broadcast(-bound), high = broadcast(bound);
+  const Vector low = broadcast(-bound), high = broadcast(bound);
   const Vector one = broadcast(1.0f), epsilon = broadcast(eps);
   for (int64_t start = 0; start < l; start += columns) {
-    lay_out(keys, key_blocks.data, r, l, start, columns);
-    lay_out(values, value_blocks.data, r, l, start, columns);
+    lay_out(keys, key_blocks.data, r, l, start, columns, true);
+    lay_out(values, value_blocks.data, r, l, start, columns, false);
     const int64_t blocks = std::min(columns, (l - start + COLUMNS - 1) / COLUMNS * COLUMNS) / COLUMNS;
     build_products(key_blocks.data, products.data, r, blocks);
     if (halves) halve(products.data, p, blocks);
@@ -212,7 +215,7 @@ void project_rows(const float* momentum, const Stored* packed, const float* keys
         for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
           for (int j = 0; j < VECTORS; ++j)
-            store(roots.data + i * COLUMNS + j * LANES, inverse_root(larger(tiny, sums[i][j])));
+            store(roots.data + i * COLUMNS + j * LANES, inverse_root(sums[i][j]));
         multiply(sums, of_momentum, key_blocks.data + block * r * COLUMNS, COLUMNS, r);
         // See tiled._update_tiles for the form of the quotient.
 #pragma GCC unroll 6

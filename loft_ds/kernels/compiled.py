@@ -10,18 +10,20 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from .reference import Quotient
 from .storage import seed_word
 
+_LOADING = threading.Lock()  # torch ends a process that loads the same operators twice
 SOURCE = Path(__file__).with_suffix(".cpp")
 # As torch names what the CPU has, from the least to the most; ATEN_CPU_CAPABILITY in the environment lowers it.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
@@ -37,7 +39,11 @@ def load_library(capability: str) -> Any:
 
     Raises:
         RuntimeError: they cannot be built.
+        OSError: nor loaded.
+        ImportError: torch's builder wants a package that is not there.
     """
+    from torch.utils import cpp_extension  # it imports setuptools, which not every environment has
+
     library = f"loft_ds_{capability.lower()}"
     flags = ["-O3", "-fopenmp", f"-DLIBRARY={library}", *INSTRUCTIONS[capability]]
     version = hashlib.sha256(" ".join([torch.__version__, *flags, SOURCE.read_text()]).encode()).hexdigest()[:16]
@@ -47,6 +53,9 @@ def load_library(capability: str) -> Any:
     if built.exists():
         torch.ops.load_library(built)
     else:
+        if shutil.which(compiler := os.environ.get("CXX", "c++")) is None:
+            raise RuntimeError(f"there is no {compiler} on PATH")
+        logging.getLogger(__name__).warning("LoFT builds its kernels for this CPU, once: some seconds, %s", built)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as folder:
             cpp_extension.load(
@@ -67,17 +76,22 @@ def capability() -> str:
     return f"{has}_BF16" if has == "AVX512" and torch.cpu._is_avx512_bf16_supported() else has
 
 
-@functools.cache
 def library() -> Any | None:
     """The operators for this CPU; None where there are none for it or, with a line in the log, they cannot be built."""
+    with _LOADING:
+        return _library()
+
+
+@functools.cache
+def _library() -> Any | None:
     has = capability()
     if has not in INSTRUCTIONS:
         return None
     try:
         return load_library(has)
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         message = "LoFT runs its plain torch kernels on this CPU, which are slower: %s"
-        logging.getLogger(__name__).warning(message, str(error).strip().splitlines()[0].split(":")[0])
+        logging.getLogger(__name__).warning(message, str(error).strip().splitlines()[0][:200])
         return None
 
 

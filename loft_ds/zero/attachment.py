@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..factors import Trainable, shape_of
+from ..kernels import prepare
 from ..sharding import Layout, Whole
 from .clipping import Clipping
 from .engine import find_engine
@@ -68,6 +69,8 @@ class Attachment:
             engine = find_engine(optimizer, self._trainable)
             if engine is not None:
                 self._layout = layout_of(engine, self._trainable)
+                held, _ = self._layout.held(self._trainable.factors[0].param)
+                prepare(held.device)  # that of the CPU where DeepSpeed offloads the optimizer
                 self._clipping = Clipping(engine)
             elif self._handed_own_parameters(optimizer):
                 self._layout = Whole(self._trainable.factors, self._trainable.others)

@@ -153,6 +153,7 @@ def test_a_saved_state_comes_back_to_a_bit(tmp_path):
 
 def on_a_rank(rank, world, folder):
     """The same with DDP."""
+    reset()  # another test may have left its own on this rank
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     try:
         return resumed(folder, slice(rank, None, world))
@@ -176,6 +177,7 @@ def steps_under_deepspeed(rank, world, said):
     """
     from accelerate import DeepSpeedPlugin
 
+    reset()
     PartialState(cpu=True)  # Accelerator(cpu=True) passes over a plugin
     config = {"train_micro_batch_size_per_gpu": 6, "zero_allow_untested_optimizer": True}
     if said is None:
@@ -206,6 +208,7 @@ def passed_over(rank, world):
     """What Accelerate makes of a plugin where it is told to use the CPU, and what it wraps the model in."""
     from accelerate import DeepSpeedPlugin
 
+    reset()
     try:
         accelerator, model, *_ = prepare(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
         return accelerator.distributed_type.value, type(model).__name__

@@ -458,7 +458,7 @@ def test_the_manifest_s_arguments_are_those_of_train_py(manifest):
     assert (ROOT / args.deepspeed).is_file()
     assert args.resume_from_checkpoint == "True"
     mounted = [mount["mountPath"] for mount in pytorch["volumeMounts"]]
-    for path in (args.model_name_or_path, args.train_file, args.output_dir):
+    for path in (args.model_name_or_path, *args.train_file, args.output_dir):
         assert any(Path(path).is_relative_to(folder) for folder in mounted), path
     gpus = pytorch["resources"]["limits"]["nvidia.com/gpu"]
     assert str(gpus) == manifest["spec"]["nprocPerNode"]

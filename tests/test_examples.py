@@ -387,3 +387,8 @@ def run_scripts(scripts: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     run_scripts(json.loads(sys.argv[-1]))
+    # As a fork server's children end: DeepSpeed keeps the process group, and a thread of gloo's that outlives the
+    # interpreter aborts the process now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -104,14 +104,18 @@ NAMES = {
 }
 
 
+def share_of(taken: dict[str, float]) -> str:
+    """LoFT's part of a training step, of which these are the seconds."""
+    return f"{taken[LOFT] / (taken['forward and backward'] + taken[LOFT]):.1%}"
+
+
 def step_time() -> str:
     """A step's time beside the floor."""
     found = stored("step_time")
     rows: list[dict[str, Any]] = []
     for run in found["training"]:
         taken = run["seconds"]
-        share = taken[LOFT] / (taken["forward and backward"] + taken[LOFT])
-        row = {"r": run["rank"], LOFT: milliseconds(taken[LOFT]), "share of a training step": f"{share:.1%}"}
+        row = {"r": run["rank"], LOFT: milliseconds(taken[LOFT]), "share of a training step": share_of(taken)}
         others = {NAMES[m]: milliseconds(taken[m]) for m in (OFFICIAL, FUSED, CPU_ADAM) if m in taken}
         rows.append({**row, "floor / LoFT": f"{run['floor_seconds'] / taken[LOFT]:.0%}", **others})
     cells: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from importlib.metadata import metadata
 
 import torch
 from packaging.requirements import Requirement
-from pages import FUSED, OFFICIAL, milliseconds, stored
+from pages import FUSED, OFFICIAL, milliseconds, share_of, stored
 
 from loft_ds.plan import GPUS, INTERCONNECTS, Job, memory, plan, shapes_of
 from loft_ds.plan.hardware import USABLE
@@ -78,11 +78,10 @@ def step() -> str:
     rows = []
     for run in stored("step_time")["training"]:
         taken = run["seconds"]
-        share = taken[LOFT] / (taken["forward and backward"] + taken[LOFT])
         times = {LOFT: taken[LOFT], "the authors' code": taken[OFFICIAL], "LoRA's AdamW": taken[FUSED]}
         shown = {name: f"{milliseconds(each)} ms" for name, each in times.items()}
         rows.append(
-            {"a step, measured": f"r = {run['rank']}", **shown, "LoFT's part of a training step": f"{share:.1%}"}
+            {"a step, measured": f"r = {run['rank']}", **shown, "LoFT's part of a training step": share_of(taken)}
         )
     return table_of(rows)
 

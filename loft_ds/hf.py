@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import Trainer as Base
 else:
     Base = object  # the mixin comes before a Trainer of the user's choice
+
+
+T = TypeVar("T")
 
 
 class LoFT:
@@ -69,7 +72,7 @@ class LoFT:
         Raises:
             ValueError: a search tries values that the dictionary overrides; arguments, and no Trainer that calls.
         """
-        if (trainer := _asking_trainer()) is None:
+        if (trainer := find_caller(Trainer)) is None:
             if args is not None:
                 raise ValueError("no transformers.Trainer calls: say LoFTAdamW's own arguments in place of a Trainer's")
             return LoFTAdamW(model, **kwargs)
@@ -83,10 +86,10 @@ class LoFT:
         return LoFTAdamW(model, **{**settings, **kwargs})
 
 
-def _asking_trainer() -> Trainer | None:
-    """The Trainer that builds its optimizer: it hands neither itself nor its arguments over, but it is a caller."""
+def find_caller(kind: type[T]) -> T | None:
+    """The trainer that calls, of this kind: it hands neither itself nor its arguments over."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
     return frame and frame.f_locals["self"]
 

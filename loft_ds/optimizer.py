@@ -274,12 +274,11 @@ class _OthersClipping:
         norms = torch._foreach_norm([each for each in gradients if each is not None], 2, dtype=torch.float64)
         raw = torch.stack([each.to(norm.device) for each in norms]).norm()
         self._norms.append(torch.stack([raw, norm]).tolist())  # after a step, which has waited for the device
+        if len(self._norms) < self.RUNNING:
+            return
         raws, ours = zip(*self._norms, strict=True)
-        raw_spread, odd_spread, even_spread = (
-            1 - min(each) / (max(each) or 1.0) for each in (raws, ours[::2], ours[1::2] or ours)
-        )
-        stands_still, moves = raw_spread < self.ALIKE, min(odd_spread, even_spread) > self.MOVED
-        if len(self._norms) == self.RUNNING and stands_still and moves:
+        still, odd, even = (1 - min(each) / (max(each) or 1.0) for each in (raws, ours[::2], ours[1::2]))
+        if still < self.ALIKE and min(odd, even) > self.MOVED:
             self._warned = True
             warnings.warn(CLIPPED.format(self._norms[-1][0], self.RUNNING), stacklevel=2)
 

@@ -6,19 +6,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..hf import LoFT
+from ..hf import LoFT, find_caller
 from ..optimizer import LoFTAdamW
-
-T = TypeVar("T")
 
 
 class LoFTCallback(TrainerCallback):
@@ -29,7 +26,9 @@ class LoFTCallback(TrainerCallback):
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _asking(Trainer).optimizer_cls_and_kwargs = (LoFT, {})
+        trainer = find_caller(Trainer)
+        assert trainer is not None, "a Trainer calls its callbacks"
+        trainer.optimizer_cls_and_kwargs = (LoFT, {})
 
     def on_train_begin(
         self,
@@ -55,19 +54,15 @@ def register() -> None:
 
     @OptimizerPlugin("loft").register()
     def create_optimizer(model: nn.Module, config: Mapping[str, Any]) -> LoFTAdamW:
-        args = _asking(BaseTrainer).args
+        trainer = find_caller(BaseTrainer)
+        assert trainer is not None, "a trainer asks for its optimizer"
+        args = trainer.args
         settings = {"lr": args.learning_rate}
         if args.dist_config is None or args.dist_config.name != "deepspeed":  # there its JSON has the norm
             # The trainer always clips, by the norm of the factors' gradients. LoFT clips in its step.
             settings["max_grad_norm"], args.max_grad_norm = args.max_grad_norm, math.inf
         own = {name: value for name, value in config.items() if name != "name"}
         return LoFTAdamW(model.module if isinstance(model, DistributedDataParallel) else model, **{**settings, **own})
-
-
-def _asking(kind: type[T]) -> T:
-    """The trainer that calls: it hands neither itself nor its arguments over."""
-    callers = (each.frame.f_locals.get("self") for each in inspect.stack(0))
-    return next(each for each in callers if isinstance(each, kind))
 
 
 def main() -> None:

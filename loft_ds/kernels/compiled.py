@@ -1,6 +1,6 @@
 """The two passes over the second moment on x86 CPUs, in C++: ``compiled.cpp``, built on first use.
 
-Built as torch builds extensions, for each of two instruction sets by itself, and kept in torch's folder of extensions.
+Built as torch builds extensions, for each set of instructions by itself, and kept in torch's folder of extensions.
 A row's result depends on that row and the partner alone, to the last bit: rows may be split over ranks in any way.
 """
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +251,7 @@ def split(
         found, kept = found[:-cut], found[-cut:]
     if not found or not kept:
         raise LaunchError("fewer than one sequence to train on and one to hold out: give more text")
-    chosen = np.linspace(0, len(kept) - 1, min(args.max_eval_blocks, len(kept))).astype(int)
-    return Dataset.from_list(found), Dataset.from_list([kept[at] for at in chosen]), apart
+    return Dataset.from_list(found), Dataset.from_list([kept[at] for at in _spread(kept, args.max_eval_blocks)]), apart
 
 
 def check_sizes(args: LaunchArguments | argparse.Namespace) -> None:
@@ -282,8 +281,12 @@ def blocks(documents: list[list[int]], block_size: int, eval_fraction: float, ma
     if cut < block_size or len(stream) - cut > 2 * wanted:
         cut = len(stream) - wanted
     held_out = _pack(stream[cut:], block_size)
-    chosen = np.linspace(0, len(held_out) - 1, min(max_eval_blocks, len(held_out))).astype(int)
-    return [_dataset(_pack(stream[:cut], block_size)), _dataset(held_out[chosen])]
+    return [_dataset(_pack(stream[:cut], block_size)), _dataset(held_out[_spread(held_out, max_eval_blocks)])]
+
+
+def _spread(items: Sized, most: int) -> np.ndarray:
+    """Where at most so many of the items lie, evenly from the first to the last."""
+    return np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)
 
 
 def _pack(stream: np.ndarray, block_size: int) -> np.ndarray:

@@ -43,7 +43,7 @@ from ..quantised import keep_gradients
 from ..ranks import first_rank
 from ..zero.config import SettingsError, read_deepspeed_json
 from ..zero.unsupported import find_json_refusals
-from .arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank
+from .arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank, world_size
 from .assets import MODEL_NAME, TEXT_NAME, default_model
 from .checks import LaunchError, check_adapters, check_flags, find_mismatches
 from .data import Encoder, read_documents, split
@@ -143,7 +143,7 @@ def train(argv: list[str] | None = None) -> None:
         )
         check_adapters(config, lora)
     training, held_out, apart = split(documents, held_out, Encoder(tokenizer, parsed), parsed)
-    batch = parsed.per_device_eval_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    batch = parsed.per_device_eval_batch_size * world_size()
     if parsed.dataloader_drop_last and len(held_out) < batch:
         raise LaunchError(
             f"--dataloader_drop_last drops all {len(held_out)} held-out blocks, less than a batch of {batch}: "

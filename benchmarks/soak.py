@@ -98,7 +98,7 @@ class Scale:
 
 
 WHOLE = Scale(100, 5, 10, 30, 1000, 55, ((1, 1),))
-QUICK = Scale(30, 5, 4, 8, 3, 0, ((1, 1),))
+QUICK = Scale(80, 5, 4, 8, 3, 0, ((1, 1),))  # more steps than the faults of a run let it do
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -310,6 +311,16 @@ class LoFTMixin(Base):
         if self.accelerator.scaler is not None:  # of float16 without DeepSpeed
             self._load_scaler(resume_from_checkpoint)
         return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which would take one more step where the last checkpoint is of the last step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        done, last = self.state.global_step, self.state.max_steps
+        words = f"nothing is left to train: the checkpoint is of step {done}, and the last is {last}"
+        warnings.warn(words, stacklevel=2)
+        self.control.should_training_stop = True
 
     def _check_that_loft_trains(self) -> None:
         """Also what was chosen where nobody calls ``create_optimizer``, or another one than this class's."""

@@ -208,6 +208,22 @@ def test_ordinary_resume_is_bitwise(ranks, stage, bf16, tmp_path):
         assert rest == norms  # the log before the interruption comes back with the Trainer's state
 
 
+def started_again(rank, world, stage, folder, steps):
+    with pytest.warns(UserWarning, match="nothing is left to train: the checkpoint is of step 4"):
+        return interrupted(rank, world, stage, folder, True, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [4, 3], ids=["the same", "fewer"])
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_finished_run_takes_no_further_step(ranks, stage, steps, tmp_path):
+    """Where Slurm or a user starts the command once more; the last step is not an epoch's last."""
+    ended, norms, _, _ = ranks(1)(interrupted, stage, tmp_path, None, steps=4)[0]
+    again, rest, _, step = ranks(1)(started_again, stage, tmp_path, steps)[0]
+    assert step == 4
+    assert rest == norms
+    assert all(torch.equal(again[name], ended[name]) for name in ended)
+
+
 def fail_at_the_last_file(rank, world, folder):
     """The second rank cannot write its random state, which is the last that a checkpoint has of it."""
     save = Trainer._save_rng_state

@@ -45,6 +45,8 @@ FULL = ("full", "full, adapted matrices alone")
 GRADIENT = "LoFT, first directions from gradients"
 WEIGHT = "LoFT, first directions from the weight"
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
+START = "LoFT, gradient start"
+STACKED = (COLD[0], f"{START}, no warm-up", START, f"{START} left in, no warm-up", f"{START} left in")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple")))
 ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
@@ -99,6 +101,9 @@ STUDIES = {
             ((f"{FULL[1]}, no warm-up",), (None,)),
             (ABLATIONS, (2,)),
             ((JOINT,), (64,)),
+            (STACKED[:2], (1, 2, 4)),
+            (COLD[1:], (4,)),
+            (STACKED[2:], (1, 2, 4)),
             (ALPHAS, (16, 1)),
             (ABLATIONS, (16,)),
         ),
@@ -179,7 +184,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
             return
         change = changes(model, before)
         compared[str(step)] = compare(change, references[str(step)])
-        if run.method == GRADIENT and run.rank is not None:
+        if run.method in (GRADIENT, START) and run.rank is not None:
             # It starts from adapters that are taken out of the frozen weight, so its change may have rank 2 r.
             beyond["beyond_its_rank"] = compare(best_of_rank(change, run.rank), change)["distance"]
 

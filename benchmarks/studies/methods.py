@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraGAConfig, LoraLayer, preprocess_loraga
@@ -38,6 +39,10 @@ class Method:
         switches: keyword arguments of the optimizer.
         gradient_batches: the adapters' first directions are those of the mean gradient of so many batches (LoRA-GA,
             Wang et al. 2024, as PEFT does it).
+        start_length: the length (Frobenius) to which such a start is brought, ``|s B0 A0|``, in every layer; None for
+            PEFT's.
+        left_in: what such adapters are at the start is not taken out of the frozen weights. So they are adapters of
+            their rank to a model that nobody changed, which begins a step off.
     """
 
     rates: tuple[float, ...]
@@ -49,6 +54,8 @@ class Method:
     matrices_only: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
     gradient_batches: int = 0
+    start_length: float | None = None
+    left_in: bool = False
 
     def prepare(self, task: Task, model: nn.Module, rank: int, lr: float, seed: int) -> Prepared:
         """Adapters onto the model, and the optimizers that train it."""
@@ -74,9 +81,22 @@ class Method:
                 ]
                 preprocess_loraga(model, config, lambda: task.first_loss(model, seed, self.gradient_batches).backward())
             trained = get_peft_model(model, config)
+            if self.gradient_batches:
+                for layer in trained.modules():
+                    if isinstance(layer, LoraLayer):
+                        self._place_start(layer)
         new = [p for name, p in trained.named_parameters() if head and head in name and p.requires_grad]
         group = {"params": new, "lr": task.head_rate}
         return Prepared(trained, self.build(trained, group, lr, rank, **self.switches), self.own_clip)
+
+    @torch.no_grad()
+    def _place_start(self, layer: LoraLayer) -> None:
+        weight, start = layer.get_base_layer().weight, layer.get_delta_weight("default")
+        weight += start  # which PEFT has taken out
+        if self.start_length is not None:
+            layer.lora_B["default"].weight.mul_(self.start_length / float(start.norm()))
+        if not self.left_in:
+            weight -= layer.get_delta_weight("default")
 
 
 @dataclass(frozen=True)
@@ -158,6 +178,17 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT, no clipping": {"max_grad_norm": None},
 }
 LOFT = Method(FULL, loft, adapter={}, own_clip=True)
+FROM_GRADIENTS = replace(LOFT, adapter=GRADIENT, gradient_batches=4)
+OUT: dict[str, Any] = {"start_length": 0.2}
+IN: dict[str, Any] = {"start_length": 0.2, "left_in": True}
+COLD: dict[str, Any] = {"warm_up": 0.0}
+STARTS: dict[str, dict[str, Any]] = {
+    "LoFT, first directions from gradients": {},
+    "LoFT, gradient start": OUT,
+    "LoFT, gradient start left in": IN,
+    "LoFT, gradient start, no warm-up": OUT | COLD,
+    "LoFT, gradient start left in, no warm-up": IN | COLD,
+}
 PLAIN_LORA = Method(LORA, adamw, adapter={})
 MATRICES = Method(FULL, adamw, matrices_only=True)
 METHODS: dict[str, Method] = {
@@ -192,6 +223,6 @@ METHODS: dict[str, Method] = {
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
-    "LoFT, first directions from gradients": replace(LOFT, adapter=GRADIENT, gradient_batches=4),
+    **{name: replace(FROM_GRADIENTS, **changes) for name, changes in STARTS.items()},
     "LoFT, first directions from the weight": replace(LOFT, adapter={"init_lora_weights": "pissa"}),
 }

@@ -34,7 +34,7 @@ from torch import nn
 from loft_ds.zero.config import SettingsError
 from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
-from studies.methods import METHODS
+from studies.methods import CUTS, METHODS
 from studies.page import write_quality
 from studies.tasks import Classification, Factorisation, Language, Task
 from studies.training import Changes, Run, best_of_rank, changes, compare, steps_after, train
@@ -46,7 +46,7 @@ GRADIENT = "LoFT, first directions from gradients"
 WEIGHT = "LoFT, first directions from the weight"
 COLD = ("LoFT, no warm-up", "LoRA, no warm-up")
 START = "LoFT, gradient start"
-STACKED = (COLD[0], f"{START}, no warm-up", START, f"{START} left in, no warm-up", f"{START} left in")
+STACKED = (f"{START}, no warm-up", START, f"{START} left in, no warm-up", f"{START} left in")
 SETTINGS = ("LoFT, eps 1e-6", "LoFT, no clipping", "LoFT, warm-up of 30%")
 ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "LoFT simple")))
 ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
@@ -101,9 +101,9 @@ STUDIES = {
             ((f"{FULL[1]}, no warm-up",), (None,)),
             (ABLATIONS, (2,)),
             ((JOINT,), (64,)),
-            (STACKED[:2], (1, 2, 4)),
-            (COLD[1:], (4,)),
-            (STACKED[2:], (1, 2, 4)),
+            (COLD, (4,)),
+            (STACKED, (1, 2, 4)),
+            (tuple(CUTS), (1, 2, 4)),
             (ALPHAS, (16, 1)),
             (ABLATIONS, (16,)),
         ),

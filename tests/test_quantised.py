@@ -74,6 +74,7 @@ def test_weights_packed_for_inference_are_refused(outcomes):
     assert "loft_ds.quantised.keep_gradients(model)" in outcomes["evaluated first"]
 
 
+@pytest.mark.rehearse
 @pytest.mark.parametrize(
     ("start", "flags", "quantised"),
     [

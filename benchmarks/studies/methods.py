@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from loft_ds import Blocks, LoFTAdamW
 
+from .limits import TruncatedAdamW
 from .peers import AltLoRAPlus, LoRAPro, LoRARITE
 from .tasks import Task
 
@@ -135,6 +136,11 @@ def loft(model: nn.Module, head: Group, lr: float, rank: int, **switches: Any) -
     return [LoFTAdamW(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
 
 
+def truncated(accumulated: bool, remainder_kept: bool) -> Callable[..., list[Optimizer]]:
+    """AdamW whose steps or change are cut to the rank."""
+    return lambda model, head, lr, rank: [TruncatedAdamW(_groups(model, head, lr), rank, accumulated, remainder_kept)]
+
+
 def of_adapters(create: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
     """An optimizer of the adapters, AdamW for the head."""
 
@@ -191,11 +197,18 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 PLAIN_LORA = Method(LORA, adamw, adapter={})
 MATRICES = Method(FULL, adamw, matrices_only=True)
+CUTS = {
+    "AdamW, change cut to rank r": truncated(accumulated=True, remainder_kept=False),
+    "AdamW, change cut to rank r, remainder kept": truncated(accumulated=True, remainder_kept=True),
+    "AdamW, each step cut to rank r": truncated(accumulated=False, remainder_kept=False),
+    "AdamW, each step cut to rank r, remainder kept": truncated(accumulated=False, remainder_kept=True),
+}
 METHODS: dict[str, Method] = {
     "full": Method(FULL, adamw),
     "full, adapted matrices alone": MATRICES,
     "full, adapted matrices alone, no warm-up": replace(MATRICES, warm_up=0.0),
     "head alone": Method((0.0,), adamw, matrices_only=True),
+    **{name: replace(MATRICES, build=build) for name, build in CUTS.items()},
     "LoRA": PLAIN_LORA,
     "LoRA, no warm-up": replace(PLAIN_LORA, warm_up=0.0),
     "LoRA, alpha = r": replace(PLAIN_LORA, alpha_over_rank=1.0),

@@ -54,7 +54,7 @@ ONE_RATE_NAME = "LoFT, 3e-4 at every rank"
 # The step of release 0.2, which is never longer than AdamW's: commit f50ec35. What was measured before is of 0.1.
 SECOND_RELEASE = "2026-11-29 01:41"
 # Methods whose records stay and whose code does not, by what their names contain; and the last commit that has it.
-GONE = {OLD: "9fee522", "steps clipped": "9fee522", "cut to rank r": "f50ec35"}
+GONE = {OLD: "9fee522", "steps clipped": "9fee522"}
 
 
 # --- what the data say

@@ -20,8 +20,6 @@ def _engines(*, frozen: bool = False) -> list[DeepSpeedEngine]:
     Args:
         frozen: also those that ``gc.freeze()`` has hidden; all there is is frozen then.
     """
-    if "deepspeed" not in sys.modules:
-        return []
     from deepspeed import DeepSpeedEngine
 
     if frozen:
@@ -47,6 +45,9 @@ def find_engine(optimizer: Optimizer | None, trainable: Trainable) -> DeepSpeedE
         RuntimeError: an engine trains these parameters with an optimizer that is not LoFT. (One with another LoFTAdamW
             is an earlier run's, still referenced: that optimizer no longer gets any gradient.)
     """
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is None or not deepspeed.comm.is_initialized():  # then there is none, and looking would take a while
+        return None
     engines = _engines()
     if gc.get_freeze_count() and not any(engine.basic_optimizer is optimizer for engine in engines):
         engines = _engines(frozen=True)

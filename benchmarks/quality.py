@@ -52,6 +52,7 @@ ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "
 ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
 LORAS = ("LoRA", *ALPHAS, "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
+RIVALS = ("LoRA-Muon", "PSI-LoRA", "ScaLoRA")  # of 2026
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ STUDIES = {
         Factorisation(),
         (
             ((FULL[0],), (None,)),
-            ((LOFT, ALTERNATE, PUBLISHED, *LORAS, *PEERS), (8,)),
+            ((LOFT, ALTERNATE, PUBLISHED, *LORAS, *PEERS, *RIVALS), (8,)),
             ((*ABLATIONS, *SETTINGS, *COLD), (8,)),
         ),
     ),
@@ -101,6 +102,7 @@ STUDIES = {
             ((f"{FULL[1]}, no warm-up",), (None,)),
             (ABLATIONS, (2,)),
             ((JOINT,), (64,)),
+            (RIVALS, (2, 1, 4)),
             (COLD, (4,)),
             (STACKED, (1, 2, 4)),
             (tuple(CUTS), (1, 2, 4)),
@@ -184,8 +186,8 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
             return
         change = changes(model, before)
         compared[str(step)] = compare(change, references[str(step)])
-        if run.method in (GRADIENT, START) and run.rank is not None:
-            # It starts from adapters that are taken out of the frozen weight, so its change may have rank 2 r.
+        if run.method in (GRADIENT, START, "ScaLoRA") and run.rank is not None:
+            # Adapters that are taken out of the frozen weight, at the start or at every step: more than rank r in all.
             beyond["beyond_its_rank"] = compare(best_of_rank(change, run.rank), change)["distance"]
 
     result = train(run, study.task, watch)

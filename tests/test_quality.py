@@ -8,15 +8,17 @@ import pandas
 import peft
 import pytest
 import torch
+from scipy.optimize import nnls
 from torch import nn
 
 import quality
 from studies.captured import shares
-from studies.methods import METHODS
+from studies.limits import cut
+from studies.methods import CUTS, METHODS
 from studies.page import GONE, at_one_rate, below, chosen_of, gaps, read_study, values_of, write_quality
-from studies.peers import AltLoRAPlus, LoRAPro, LoRARITE
+from studies.peers import AltLoRAPlus, LoRAMuon, LoRAPro, LoRARITE, PSILoRA, ScaLoRA, best_scales, low_rank_sum
 from studies.tasks import Factorisation
-from studies.training import best_of_rank, compare
+from studies.training import best_of_rank, changes, compare
 
 
 @pytest.fixture(autouse=True)
@@ -187,15 +189,66 @@ def test_what_is_captured(tmp_path, monkeypatch):
     assert f"{lines[0]['share']['both']:.3f}" in (tmp_path / "pages" / "quality" / "captured.md").read_text()
 
 
-def test_a_start_from_gradients_is_taken_out_of_the_weight():
+@pytest.mark.parametrize(
+    ("method", "length", "left_in"),
+    [(quality.GRADIENT, None, False), (quality.START, 0.2, False), (f"{quality.START} left in", 0.2, True)],
+)
+def test_where_a_start_from_gradients_is(method, length, left_in):
     task = Factorisation(m=12, n=9, rank=4)  # LoRA-GA takes twice as many directions as the adapters have
     model = task.model(0)
     weight = model[0].weight.detach().clone()
-    prepared = METHODS[quality.GRADIENT].prepare(task, model, rank=2, lr=1e-3, seed=0)
+    prepared = METHODS[method].prepare(task, model, rank=2, lr=1e-3, seed=0)
     (layer,) = (module for module in prepared.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
     adapter = layer.get_delta_weight("default").detach()
-    assert float(adapter.norm()) > 1e-3
-    torch.testing.assert_close(layer.get_base_layer().weight.detach() - weight, -adapter)  # float32 throughout
+    assert float(adapter.norm()) == pytest.approx(length, rel=1e-5) if length else float(adapter.norm()) > 1e-3
+    moved = layer.get_base_layer().weight.detach() - weight
+    torch.testing.assert_close(moved, torch.zeros_like(adapter) if left_in else -adapter)  # float32 throughout
+
+
+def cut_run(method, rank, lr=0.1, steps=4):
+    """A matrix in float64 after some steps by one of CUTS, and the changes at each; gradients that depend on it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6, bias=False)).double()
+    weight, start = model[0].weight, model[0].weight.detach().clone()
+    goal = torch.randn(6, 5, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        (optimizer,) = METHODS[method].build(model, {"params": []}, lr, rank)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    changes = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (weight - goal).square().sum().backward()
+        optimizer.step()
+        changes.append(weight.detach() - start)
+    return changes, optimizer
+
+
+@pytest.mark.parametrize("method", CUTS)
+def test_a_cut_to_the_full_rank_is_adamw(method):
+    for ours, adamw in zip(cut_run(method, 5)[0], cut_run("full, adapted matrices alone", 0)[0], strict=True):
+        torch.testing.assert_close(ours, adamw)
+
+
+@pytest.mark.parametrize("method", CUTS)
+def test_what_is_cut(method):
+    changes, optimizer = cut_run(method, 1)
+    steps = [after - before for before, after in zip([torch.zeros(6, 5).double(), *changes], changes, strict=False)]
+    assert max(torch.linalg.svdvals(each)[1] for each in (steps if "each step" in method else changes)) < 1e-12
+    rank_of_change = int((torch.linalg.svdvals(changes[-1]) > 1e-9).sum())
+    assert rank_of_change == (4 if "each step" in method else 1)
+    # A remainder of Adam's first step, all of whose numbers are of size lr, is not small.
+    remainder = float(optimizer._matrices[0].whole.norm() - ("change cut" in method) * changes[-1].norm())
+    assert (remainder > 1e-3) == ("remainder kept" in method)
+
+
+def test_a_cut_is_the_nearest_of_its_rank():
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 5).double() @ torch.diag(10.0 ** -torch.arange(5)).double()  # fast to converge
+    nearest, right = cut(matrix, torch.randn(5, 2).double())
+    torch.testing.assert_close(cut(matrix, right)[0], best_of_rank({"w": matrix}, 2)["w"], rtol=0, atol=1e-8)
+    assert torch.linalg.matrix_rank(nearest) == 2
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].adapter is not None])
@@ -326,3 +379,229 @@ def test_altloras_momentum_is_the_projection_of_a_full_ones():
             expected = before[side] - 0.01 * momentum / (squares[side] / (1 - 0.999**step)).sqrt()
             # Of a rate of 0.01. Gram matrices are regularised by 1e-6, which is 1e-5 of their smallest eigenvalues.
             torch.testing.assert_close(after, expected, rtol=0, atol=1e-4 * 0.01)
+
+
+def sign_of(matrix):
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def inverse_root_of(gram):
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+
+def test_lora_muon_is_its_step_of_the_whole_matrix():
+    """The signs of the momentum seen through bases of the factors' columns, moved back into the factors by pinv."""
+    model, a, b, scaling = a_pair(2)
+    optimizer = LoRAMuon(model, lr=0.3)
+    first = {"a": 0.0, "b": 0.0}
+    for _ in range(4):
+        gradient = torch.randn(6, 8, dtype=torch.float64)
+        backward(gradient, a, b, scaling)
+        before_a, before_b = a.detach().clone(), b.detach().clone()
+        first = {"a": 0.9 * first["a"] + 0.1 * a.grad, "b": 0.9 * first["b"] + 0.1 * b.grad}
+        root_of_a, root_of_b = inverse_root_of(before_a @ before_a.T), inverse_root_of(before_b.T @ before_b)
+        along_a = sign_of(first["b"] @ root_of_a) @ root_of_a @ before_a
+        along_b = before_b @ root_of_b @ sign_of(root_of_b @ first["a"])
+        optimizer.step()
+        # Gram matrices are regularised by 1e-5 of their norm, which is 1e-4 of their smallest eigenvalues.
+        for moved, expected in (
+            (scaling * (b.detach() - before_b) @ before_a, -0.15 * along_a),
+            (scaling * before_b @ (a.detach() - before_a), -0.15 * along_b),
+        ):
+            torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3 * 0.15)
+            assert float(torch.linalg.matrix_norm(moved, 2)) == pytest.approx(0.15, rel=1e-3)
+
+
+def test_lora_muon_moves_rescaled_factors_alike():
+    products = []
+    for scale in (1.0, 30.0):
+        model, a, b, scaling = a_pair(2)
+        with torch.no_grad():
+            a.mul_(scale)
+            b.div_(scale)
+        optimizer = LoRAMuon(model, lr=0.3)
+        for _ in range(4):
+            backward(torch.randn(6, 8, dtype=torch.float64), a, b, scaling)
+            optimizer.step()
+        products.append((b @ a).detach())
+    torch.testing.assert_close(*products)
+
+
+def test_lora_muon_starts_where_b_is_zero():
+    model, a, b, scaling = a_pair(2)
+    torch.nn.init.zeros_(b)
+    before = a.detach().clone()
+    optimizer = LoRAMuon(model, lr=0.3)
+    gradient = torch.randn(6, 8, dtype=torch.float64)
+    backward(gradient, a, b, scaling)
+    optimizer.step()
+    assert torch.equal(a.detach(), before)
+    # Regularised as above.
+    assert torch.linalg.svdvals(scaling * (b @ a).detach())[:2].tolist() == pytest.approx([0.15, 0.15], rel=1e-3)
+    backward(gradient, a, b, scaling)
+    optimizer.step()
+    assert a.isfinite().all()
+    assert not torch.equal(a.detach(), before)
+
+
+def test_lora_muon_has_no_direction_beyond_its_gradients():
+    model, a, b, scaling = a_pair(2)
+    before_a, before_b = a.detach().clone(), b.detach().clone()
+    optimizer = LoRAMuon(model, lr=0.3)
+    backward(torch.outer(torch.randn(6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)), a, b, scaling)
+    optimizer.step()
+    for moved in (a.detach() - before_a, b.detach() - before_b):
+        assert int(torch.linalg.matrix_rank(moved, rtol=1e-9)) == 1  # far above float64's rounding
+
+
+def test_a_low_rank_sum_comes_to_the_truncated_svd():
+    torch.manual_seed(0)
+    down, up, change = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8), (6, 2), (6, 8)))
+    total = {"w": up @ down + change}
+    found_down, found_up = low_rank_sum(down, up, change, 1e-12, rounds=300)
+    # The third singular value is at most 0.9 of the second, and 0.9**300 is 1e-14.
+    values = torch.linalg.svdvals(total["w"])
+    assert values[2] < 0.9 * values[1]
+    torch.testing.assert_close(found_up @ found_down, best_of_rank(total, 2)["w"], rtol=0, atol=1e-8)
+
+
+def weighted_least_squares(basis, target, weights, start, proximity):
+    """The ``X`` (r, l) nearest to ``target = basis @ X`` with squares weighted by row, and near to ``start``: dense."""
+    rows = torch.cat([weights.sqrt()[:, None] * basis, proximity**0.5 * torch.eye(basis.shape[1])])
+    aims = torch.cat([weights.sqrt()[:, None] * target, proximity**0.5 * start])
+    return torch.linalg.lstsq(rows, aims, driver="gels").solution  # of full rank
+
+
+def test_a_low_rank_sum_is_proximal_to_where_it_starts_in_every_round():
+    torch.manual_seed(0)
+    down, up, change = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8), (6, 2), (6, 8)))
+    metrics = [torch.rand(8, dtype=torch.float64), torch.rand(6, dtype=torch.float64)]
+    total, new_down, new_up = up @ down + change, down, up
+    for _ in range(3):
+        new_down = weighted_least_squares(new_up, total, metrics[1], down, 0.1)
+        new_up = weighted_least_squares(new_down.T, total.T, metrics[0], up.T, 0.1).T
+    torch.testing.assert_close(low_rank_sum(down, up, change, 0.1, metrics, rounds=3), (new_down, new_up))
+
+
+def test_psi_lora_is_its_least_squares_of_the_whole_matrix():
+    """With inputs, so that the metrics are of what the layer sees."""
+    model, a, b, scaling = a_pair(2)
+    optimizer = PSILoRA(model, lr=0.3)
+    squares = {"in": 0.0, "out": 0.0}
+    momentum = (optimizer.state[a]["momentum"].clone(), torch.zeros(6, 2, dtype=torch.float64))
+    ones = {8: torch.ones(8, dtype=torch.float64), 6: torch.ones(6, dtype=torch.float64)}
+    rho = 0.3 * 1e-2
+    for step in range(1, 5):
+        inputs, labels = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 5, 6, dtype=torch.float64)
+        errors = model(inputs) - labels
+        loss = errors.square().sum(-1).mean() / 2
+        rows, outputs = inputs.reshape(15, 8), errors.detach().reshape(15, 6)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = outputs.T @ rows / 15
+        squares["in"] = 0.99 * squares["in"] + 0.01 * rows.square().mean(0)
+        squares["out"] = 0.99 * squares["out"] + 0.01 * outputs.square().mean(0)
+        of_columns, of_rows = ((squares[side] / (1 - 0.99**step) + 1e-5) ** 0.5 for side in ("in", "out"))
+        before_a, before_b = a.detach().clone(), scaling * b.detach()
+        mixed = 0.9 * momentum[1] @ momentum[0] + 0.1 * gradient
+        target = before_b @ before_a - 0.3 * torch.diag(1 / of_rows) @ mixed @ torch.diag(1 / of_columns)
+        new_a = weighted_least_squares(before_b, target, of_rows, before_a, rho)
+        new_b = weighted_least_squares(new_a.T, target.T, of_columns, before_b.T, rho).T
+        new_down = weighted_least_squares(momentum[1], mixed, ones[6], momentum[0], rho)
+        momentum = (new_down, weighted_least_squares(new_down.T, mixed.T, ones[8], momentum[1].T, rho).T)
+        optimizer.step()
+        torch.testing.assert_close(a.detach(), new_a)
+        torch.testing.assert_close(scaling * b.detach(), new_b)
+        torch.testing.assert_close(optimizer.state[b]["momentum"], momentum[1])
+
+
+def test_psi_lora_clips_the_full_gradient():
+    moves = []
+    for size, limit in ((1.0, torch.inf), (1e3, 1.0)):
+        model, a, b, _ = a_pair(2)
+        optimizer = PSILoRA(model, 0.3, max_grad_norm=limit)
+        before = (b @ a).detach()
+        gradient = torch.randn(6, 8, dtype=torch.float64)
+        optimizer._gradients[a] = size * gradient / gradient.norm()
+        optimizer.step()
+        moves.append((b @ a).detach() - before)
+    torch.testing.assert_close(*moves)
+
+
+def outer_products(left, right, gradient):
+    """What each column's squared scale is multiplied by, as vectors."""
+    of_left = [torch.outer(column, gradient.T @ column) for column in left.T]
+    of_right = [torch.outer(gradient @ column, column) for column in right.T]
+    return torch.stack([matrix.flatten() for matrix in of_left + of_right], 1)
+
+
+@pytest.mark.parametrize(("seed", "of_columns"), [(0, True), (105, False)])
+def test_scaloras_scales_are_the_nearest(seed, of_columns):
+    """Beside a numerical minimiser with squares that are not negative, of columns or of whole factors."""
+    torch.manual_seed(seed)
+    left, right, gradient = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 2), (8, 2), (6, 8)))
+    scales = best_scales(left, right, 5 * gradient @ right, 5 * gradient.T @ left, reach=3.0)
+    found = torch.cat(scales).square().numpy()
+    products = outer_products(left, right, gradient).numpy()
+    best, _ = nnls(products, gradient.flatten().numpy() / 3)
+    assert (best > 0).all() == of_columns
+    if not of_columns:
+        best, _ = nnls(products.reshape(48, 2, 2).sum(2), gradient.flatten().numpy() / 3)
+        assert (best > 0).all()
+        best = best.repeat(2)
+    assert found == pytest.approx(best)
+
+
+def test_scaloras_scales_where_no_optimum_is_inside():
+    """With the identity as gradient, one column would take away and the whole of ``left`` as well."""
+    left, right = torch.tensor([[1.0, 1.0], [0.0, 0.1]]), torch.tensor([[2.0, 0.1], [0.0, 1.0]])
+    products = outer_products(left, right, torch.eye(2))
+    assert nnls(products.numpy(), torch.eye(2).flatten().numpy())[0].tolist()[1] == 0
+    assert nnls(products.view(4, 2, 2).sum(2).numpy(), torch.eye(2).flatten().numpy())[0].tolist()[0] == 0
+    assert best_scales(left, right, right, left, reach=3.0) is None
+
+
+def test_scaloras_restart_changes_no_weight_and_its_steps_are_adams_on_scaled_factors():
+    model, a, b, scaling = a_pair(2)
+    layer = model.base_model.model[0]
+    optimizer = ScaLoRA(model, lr=0.1)
+    start = {"0.weight": layer.get_base_layer().weight.detach().clone()}
+    weight, frozen = start["0.weight"] + scaling * (b @ a).detach(), start["0.weight"]
+    moments = {name: [0.0, 0.0] for name in "ab"}
+    restarts = 0
+    for step in range(1, 7):
+        gradient = torch.randn(6, 8, dtype=torch.float64)
+        scales = best_scales(b.detach(), a.detach().T, gradient @ a.detach().T, gradient.T @ b.detach(), 3.0)
+        of_b, of_a = scales or (torch.ones(2, dtype=torch.float64),) * 2
+        restarts += scales is not None
+        new = {"a": of_a[:, None] * a.detach(), "b": b.detach() * of_b}
+        moments["a"] = [of_b[:, None] ** power * each for power, each in enumerate(moments["a"], 1)]
+        moments["b"] = [of_a**power * each for power, each in enumerate(moments["b"], 1)]
+        frozen = weight - scaling * new["b"] @ new["a"]
+        seen = {"a": scaling * new["b"].T @ gradient, "b": scaling * gradient @ new["a"].T}
+        backward(gradient, a, b, scaling)
+        optimizer.step()
+        torch.testing.assert_close(layer.get_base_layer().weight.detach(), frozen)
+        for name, param in (("a", a), ("b", b)):
+            first, second = moments[name]
+            first, second = 0.9 * first + 0.1 * seen[name], 0.999 * second + 0.001 * seen[name] ** 2
+            moments[name] = [first, second]
+            direction = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            torch.testing.assert_close(param.detach(), new[name] - 0.1 * direction)
+        weight = frozen + scaling * (b @ a).detach()
+        torch.testing.assert_close(changes(model, start)["0.weight"], weight - start["0.weight"])
+    assert restarts >= 4
+    assert int(torch.linalg.matrix_rank(weight - start["0.weight"])) > 2, "no more than one adapter holds"
+
+
+def test_scalora_leaves_a_start_from_zero():
+    model, a, b, scaling = a_pair(2)
+    torch.nn.init.zeros_(b)
+    before = model.base_model.model[0].get_base_layer().weight.detach().clone()
+    optimizer = ScaLoRA(model, lr=0.1)
+    backward(torch.randn(6, 8, dtype=torch.float64), a, b, scaling)
+    optimizer.step()
+    assert torch.equal(model.base_model.model[0].get_base_layer().weight.detach(), before)
+    assert float(b.detach().abs().min()) == pytest.approx(0.1, rel=1e-6)  # Adam's first step

@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from loft_ds import Blocks, LoFTAdamW
 
 from .limits import TruncatedAdamW
-from .peers import AltLoRAPlus, LoRAPro, LoRARITE
+from .peers import AltLoRAPlus, LoRAMuon, LoRAPro, LoRARITE, PSILoRA, ScaLoRA
 from .tasks import Task
 
 CLIP = 1.0
@@ -166,7 +166,9 @@ def lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
 
 GRADIENT = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
 FULL = (3e-5, 1e-4, 3e-4, 1e-3)
-LORA = (3e-4, 1e-3, 3e-3, 1e-2)
+LORA = (3e-4, 1e-3, 3e-3, 1e-2)  # ScaLoRA's too: its factors are as long as LoRA's, and its steps are Adam's
+SPECTRAL = (1e-2, 3e-2, 1e-1, 3e-1)  # LoRA-Muon's paper finds 0.1 best: the spectral norm of a step
+K_FAC = (3e-2, 1e-1, 3e-1, 1.0)  # PSI-LoRA's authors search from 0.1 to 0.5 and take 0.2
 LOFT_SWITCHES: dict[str, dict[str, Any]] = {
     "LoFT": {},
     "LoFT, joint": {"turns": "joint"},
@@ -233,6 +235,10 @@ METHODS: dict[str, Method] = {
         LORA, of_adapters(lambda model, lr, rank: LoRARITE(model, lr, CLIP)), adapter={}, own_clip=True
     ),
     "AltLoRA+": Method(LORA, of_adapters(lambda model, lr, rank: AltLoRAPlus(model, lr)), adapter={}),
+    "LoRA-Muon": Method(SPECTRAL, of_adapters(lambda model, lr, rank: LoRAMuon(model, lr)), adapter={}),
+    # Clipped by the norm of the full gradients, as by its authors, and the head's gradient by none.
+    "PSI-LoRA": Method(K_FAC, of_adapters(lambda model, lr, rank: PSILoRA(model, lr, CLIP)), adapter={}, own_clip=True),
+    "ScaLoRA": Method(LORA, of_adapters(lambda model, lr, rank: ScaLoRA(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),

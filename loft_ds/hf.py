@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import warnings
@@ -71,12 +72,14 @@ class LoFT:
             kwargs: the dictionary.
 
         Raises:
-            ValueError: a search tries values that the dictionary overrides; arguments, and no Trainer that calls.
+            ValueError: a search tries values that the dictionary overrides; arguments, and no Trainer that calls;
+                several processes were launched, and each would train by itself.
         """
         if (trainer := find_caller(Trainer)) is None:
             if args is not None:
                 raise ValueError("no transformers.Trainer calls: say LoFTAdamW's own arguments in place of a Trainer's")
             return LoFTAdamW(model, **kwargs)
+        check_that_ranks_meet(trainer.args)
         _check_search(trainer, kwargs)
         callbacks = trainer.callback_handler.callbacks
         if not trainer.is_deepspeed_enabled and not any(isinstance(each, _NoOtherClipping) for each in callbacks):
@@ -114,6 +117,59 @@ class _NoOtherClipping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         args.max_grad_norm, self._said = self._said, None
+
+
+def check_that_loft_trains(optimizer: Any, remedy: str) -> None:
+    """Called when training begins.
+
+    Args:
+        optimizer: a Trainer's, in the wrappers of Accelerate and DeepSpeed.
+        remedy: what the user is told to do.
+
+    Raises:
+        RuntimeError: it is another one than LoFT.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, LoFTAdamW):
+        raise RuntimeError(f"{type(optimizer).__name__} would train, and not LoFT: {remedy}")
+
+
+class OnlyLoFT(TrainerCallback):
+    """Raises when training begins and something else than LoFT would train, in a Trainer that is not LoFT's.
+
+    Args:
+        remedy: what the user is told to do.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        check_that_loft_trains(optimizer, self._remedy)
+
+
+def check_that_ranks_meet(args: TrainingArguments) -> None:
+    """Refuse a launcher's processes that know nothing of each other: each would train by itself, into one folder.
+
+    So it is on a machine without an accelerator, unless ``use_cpu`` is set.
+
+    Raises:
+        ValueError: there are several.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, and each would train by itself: pass TrainingArguments(use_cpu=True) "
+            "on a machine without an accelerator"
+        )
 
 
 def dropped_arguments(args: Any, kind: type[TrainingArguments] = TrainingArguments) -> list[str]:
@@ -192,8 +248,9 @@ class LoFTMixin(Base):
             does not say comes from the TrainingArguments, weight decay for biases and norms included.
 
     Raises:
-        ValueError: an optimizer is chosen in another way too, which the Trainer would drop without a word, or
-            ``save_on_each_node`` is set (a checkpoint's parts are in one folder).
+        ValueError: an optimizer is chosen in another way too, which the Trainer would drop without a word;
+            ``save_on_each_node`` is set (a checkpoint's parts are in one folder); or several processes were launched,
+            and each would train by itself.
         RuntimeError: when training begins: something else than LoFT would train.
         NotImplementedError: when training begins: weights that DeepSpeed cannot take.
     """
@@ -207,6 +264,7 @@ class LoFTMixin(Base):
         self.use_loft = use_loft
         self.loft_kwargs = loft_kwargs or {}
         super().__init__(*args, **kwargs)
+        check_that_ranks_meet(self.args)
         if use_loft and (dropped := self._dropped()):
             raise ValueError(
                 f"LoFTTrainer builds LoFTAdamW by itself and would drop {dropped}: leave that out and pass "
@@ -297,7 +355,12 @@ class LoFTMixin(Base):
         if not self.use_loft:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._check_that_loft_trains()
+        # Also what was chosen where nobody calls create_optimizer, or another one than this class's.
+        check_that_loft_trains(
+            self.optimizer,
+            'leave "optimizer" out of the DeepSpeed JSON, let an own create_optimizer call super().create_optimizer(), '
+            "or pass use_loft=False",
+        )
         if resume_from_checkpoint is None:
             return prepared
         schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
@@ -321,16 +384,6 @@ class LoFTMixin(Base):
         words = f"nothing is left to train: the checkpoint is of step {done}, and the last is {last}"
         warnings.warn(words, stacklevel=2)
         self.control.should_training_stop = True
-
-    def _check_that_loft_trains(self) -> None:
-        """Also what was chosen where nobody calls ``create_optimizer``, or another one than this class's."""
-        wrapper: Any = self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
-        optimizer = wrapper.basic_optimizer if self.is_deepspeed_enabled else wrapper.optimizer
-        if not isinstance(optimizer, LoFTAdamW):
-            raise RuntimeError(
-                f'{type(optimizer).__name__} would train, and not LoFT: leave "optimizer" out of the DeepSpeed JSON, '
-                "let an own create_optimizer call super().create_optimizer(), or pass use_loft=False"
-            )
 
     def _load_best_model(self) -> None:
         # State and weights together: bases are those of the weights.

@@ -62,6 +62,20 @@ def test_the_default_of_other_arguments_is_nobodys_choice(tmp_path):
     LoFTTrainer(model=Regression(), args=TheirArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
 
 
+def build_by_factory(model, args):
+    Trainer(model=model, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=(LoFT, {})).create_optimizer()
+
+
+@pytest.mark.parametrize("build", [LoFTTrainer, build_by_factory])
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch, build):
+    """As torchrun's do on a machine without an accelerator, where TrainingArguments are not told of it."""
+    args = arguments(tmp_path)
+    assert args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and each would train by itself"):
+        build(model=Regression(), args=args)
+
+
 class InFront(LoFTTrainer):
     """Overrides LoFTTrainer's own."""
 

@@ -24,7 +24,7 @@ PACKAGES = Path(sys.prefix) / "integrations"
 
 
 @pytest.mark.rehearse
-@pytest.mark.parametrize("program", ["axolotl", "llamafactory", "llamafactory.v1", "swift"])
+@pytest.mark.parametrize("program", ["axolotl", "llamafactory", "llamafactory.v1", "swift", "swift.pipelines"])
 def test_a_program_trains_as_loft_does_without_it(program):
     if not (PACKAGES / program.replace(".", "/")).is_dir():
         pytest.skip(f"{program} is not in {PACKAGES}: pip install --no-deps --target it -r tests/integrations.txt")
@@ -55,6 +55,7 @@ def test_llamafactory_with_an_optimizer_of_its_own_raises(tmp_path):
 
 def axolotl_trainer(**kwargs: Any) -> Any:
     """A Trainer with axolotl's own ``create_optimizer``, and LoFT's plugin registered as its YAML has it registered."""
+    import torch
     from axolotl.integrations.base import PluginManager
     from transformers import Trainer
 
@@ -72,7 +73,13 @@ def axolotl_trainer(**kwargs: Any) -> Any:
         setattr(trainer.args, unset, None)  # fields of axolotl's own arguments
     manager = PluginManager.get_instance()
     manager.register("loft_ds.integrations.axolotl.LoFTPlugin")
-    manager.post_trainer_create(None, trainer)
+    with pytest.raises(ValueError, match="LoFT would drop loraplus_lr_ratio, relora: "):
+        manager.post_trainer_create({"loraplus_lr_ratio": 16, "relora": True}, trainer)
+    manager.post_trainer_create({}, trainer)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters())  # so it is with an optimizer in the DeepSpeed JSON
+    with pytest.raises(RuntimeError, match="SGD would train, and not LoFT: "):
+        trainer.train()
+    trainer.optimizer = None
     return trainer
 
 
@@ -94,6 +101,10 @@ def swift_trainer(**kwargs: Any) -> Any:
     kwargs["args"].max_epochs = None  # a field of ms-swift's own arguments
     trainer = SwiftTrainer(**kwargs)
     trainer.optimizer_callback = optimizers_map["loft"](trainer.args, trainer)
+    trainer.args.vit_lr = 1e-4
+    with pytest.raises(ValueError, match="LoFT would drop --vit_lr: "):
+        trainer.create_optimizer()
+    trainer.args.vit_lr = None
     return trainer
 
 
@@ -162,6 +173,59 @@ def compare_v1() -> dict[str, Any]:
     return {"optimizer": type(trainer.optimizer).__name__, "difference": difference}
 
 
+def compare_sft() -> dict[str, Any]:
+    """How far a whole job of ms-swift, and one that goes on after a checkpoint, end from LoFT that is built by hand."""
+    from safetensors.torch import load_file
+    from swift.optimizers import OptimizerCallback, optimizers_map
+    from swift.pipelines import sft_main
+
+    from loft_ds import LoFTAdamW
+
+    clip, built = 0.01, []
+
+    class ByHand(OptimizerCallback):
+        """Nothing clips but LoFT."""
+
+        def create_optimizer(self, model: Any = None) -> LoFTAdamW:
+            self.trainer.args.max_grad_norm = 0.0
+            built.append(
+                LoFTAdamW(self.trainer.model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=clip)
+            )
+            return built[0]
+
+    optimizers_map["by hand"] = ByHand
+    plugin = [sys.executable, "-m", "loft_ds.integrations.swift"]
+    loft = ["--external_plugins", subprocess.run(plugin, capture_output=True, text=True, check=True).stdout.strip()]
+    loft += ["--optimizer", "loft", "--learning_rate", "1e-2"]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data.jsonl")
+        pairs = [{"user": f"{i} * {i}", "assistant": f"{i * i}"} for i in range(8)]
+        rows = [{"messages": [{"role": who, "content": said} for who, said in pair.items()]} for pair in pairs]
+        data.write_text("\n".join(map(json.dumps, rows)))
+        flags = ["--model", str(make_model(Path(folder, "model"))), "--model_type", "llama", "--template", "default"]
+        flags += ["--dataset", str(data), "--tuner_type", "lora", "--target_modules", "all-linear", "--lora_rank", "3"]
+        flags += ["--lora_dropout", "0", "--max_grad_norm", str(clip), "--max_steps", "4", "--save_steps", "2"]
+        flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--add_version", "false"]
+        flags += ["--dataloader_num_workers", "0"]  # one waits for 5 seconds when it ends
+        flags += ["--max_length", "128"]  # a longer row is left out, and the model itself has 64
+        flags += ["--use_hf", "true", "--check_model", "false"]  # or it asks the model hub
+        jobs = {
+            "by hand": ["--optimizer", "by hand"],
+            "job": loft,
+            "resumed": [*loft, "--resume_from_checkpoint", f"{folder}/job/checkpoint-2"],
+        }
+        ends = {}
+        for name, more in jobs.items():
+            sft_main([*flags, *more, "--output_dir", f"{folder}/{name}"])
+            ends[name] = load_file(Path(folder, name, "checkpoint-4", "adapter_model.safetensors"))
+        with pytest.raises(ValueError, match="LoFT would drop --lorap_lr_ratio: "):
+            sft_main([*flags, *loft, "--lorap_lr_ratio", "16", "--output_dir", f"{folder}/LoRA+"])
+    assert built[0].grad_norm > clip
+    assert all(p.any() for name, p in ends["job"].items() if "lora_B" in name)  # zero at the start
+    pairs = [(ends["by hand"][name], ends[job][name]) for job in ("job", "resumed") for name in ends["by hand"]]
+    return {"optimizer": type(built[0]).__name__, "difference": max((a - b).abs().max().item() for a, b in pairs)}
+
+
 def conversation(i: int) -> list[dict[str, Any]]:
     """A sample as LLaMA-Factory's new trainer wants it."""
     said = {"user": f"{i} * {i}", "assistant": f"{i * i}"}
@@ -193,4 +257,5 @@ def compare(program: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare_v1() if sys.argv[1] == "llamafactory.v1" else compare(sys.argv[1])))
+    whole_jobs = {"llamafactory.v1": compare_v1, "swift.pipelines": compare_sft}
+    print(json.dumps(whole_jobs[sys.argv[1]]() if sys.argv[1] in whole_jobs else compare(sys.argv[1])))

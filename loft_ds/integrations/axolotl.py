@@ -8,10 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..hf import LoFT
-from ..optimizer import LoFTAdamW
+from ..hf import LoFT, OnlyLoFT
 
 # What else of the YAML is for an optimizer that LoFT takes the place of. ReLoRA empties state by names of AdamW's.
 _DROPPED = (
@@ -37,23 +35,4 @@ class LoFTPlugin(BasePlugin):
         if dropped := [name for name in _DROPPED if cfg.get(name)]:
             raise ValueError(f"LoFT would drop {', '.join(dropped)}: leave that out of the YAML")
         trainer.optimizer_cls_and_kwargs = (LoFT, {})
-        trainer.add_callback(_OnlyLoFT())
-
-
-class _OnlyLoFT(TrainerCallback):
-    """Raises when training begins, and something else than LoFT would train."""
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        while hasattr(optimizer, "optimizer"):  # wrappers of Accelerate's and of DeepSpeed's
-            optimizer = optimizer.optimizer
-        if not isinstance(optimizer, LoFTAdamW):
-            raise RuntimeError(
-                f'{type(optimizer).__name__} would train, and not LoFT: leave "optimizer" out of the DeepSpeed JSON'
-            )
+        trainer.add_callback(OnlyLoFT('leave "optimizer" out of the DeepSpeed JSON'))

@@ -12,39 +12,28 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from ..hf import LoFT, find_caller
+from ..hf import LoFT, OnlyLoFT, find_caller
 from ..optimizer import LoFTAdamW
 
 
-class LoFTCallback(TrainerCallback):
+class LoFTCallback(OnlyLoFT):
     """Puts LoFT in its Trainer's optimizer's place: for a program that lets one pass a callback, and no optimizer.
 
     Raises:
         RuntimeError: when training begins: the program has chosen another optimizer all the same.
     """
 
+    def __init__(self) -> None:
+        super().__init__(
+            "leave use_galore, use_apollo, use_badam, use_adam_mini, use_muon and loraplus_lr_ratio out of the YAML"
+        )
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = find_caller(Trainer)
         assert trainer is not None, "a Trainer calls its callbacks"
         trainer.optimizer_cls_and_kwargs = (LoFT, {})
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        while hasattr(optimizer, "optimizer"):  # wrappers of Accelerate's and of DeepSpeed's
-            optimizer = optimizer.optimizer
-        if not isinstance(optimizer, LoFTAdamW):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} would train, and not LoFT: leave use_galore, use_apollo, use_badam, "
-                "use_adam_mini, use_muon and loraplus_lr_ratio out of the YAML"
-            )
 
 
 def register() -> None:

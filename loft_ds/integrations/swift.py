@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loft_ds import LoFTAdamW
 
+# Arguments that choose an optimizer, and that ms-swift passes over where --optimizer is said.
+_DROPPED = ("aligner_lr", "lorap_lr_ratio", "use_galore", "vit_lr")
+
 
 def register() -> None:
     """Make ``--optimizer loft`` known to ms-swift."""
@@ -21,7 +24,11 @@ def register() -> None:
         """Builds LoFT from the arguments of ms-swift's Trainer."""
 
         def create_optimizer(self, model: Any = None) -> LoFTAdamW:
-            return LoFT()(self.trainer.model if model is None else model)
+            model = self.trainer.model if model is None else model
+            settings = (self.args, *getattr(model, "peft_config", {}).values())  # LoRA+'s is the adapter's
+            if dropped := [name for name in _DROPPED if any(getattr(each, name, None) for each in settings)]:
+                raise ValueError(f"LoFT would drop {', '.join(f'--{name}' for name in dropped)}: leave that out")
+            return LoFT()(model)
 
     optimizers_map["loft"] = LoFTOptimizerCallback
 

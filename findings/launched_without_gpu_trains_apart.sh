@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# A Trainer under torchrun with two ranks where no GPU is, as when a job is tried on a CPU before it goes to GPUs.
+# Guess: the ranks train as one, as they do with use_cpu=True, or the Trainer raises.
+# Seen: each trains alone on all of the data as rank 0 of 1, and saves over the other. A warning speaks of the launcher.
+# Versions: torch 2.13.0, transformers 5.23.0, accelerate 1.15.0
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+make_env "torch==2.13.0" "transformers==5.23.0" "accelerate==1.15.0"
+
+cat >train.py <<'EOF'
+import json
+import logging
+import os
+import sys
+import time
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+logger = logging.getLogger("transformers")
+listener = logging.Handler()
+said = []
+listener.emit = lambda record: said.append(record.getMessage())
+logger.handlers = [listener]
+logger.setLevel("WARNING")
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 1)
+
+    def forward(self, x):
+        return {"loss": self.linear(x).square().mean()}
+
+
+rank, out, use_cpu = int(os.environ["RANK"]), sys.argv[1], sys.argv[1] == "use_cpu"
+args = TrainingArguments(out, use_cpu=use_cpu, num_train_epochs=1, per_device_train_batch_size=2, save_strategy="epoch",
+                         report_to=[], disable_tqdm=True, remove_unused_columns=False,
+                         ddp_find_unused_parameters=False)  # fmt: skip
+torch.manual_seed(rank)  # where the ranks are one, the weights of rank 0 count
+trainer = Trainer(Net(), args, train_dataset=[{"x": torch.ones(8)}] * 32)
+trainer.remove_callback(PrinterCallback)
+time.sleep(3 * rank)  # so that no two write at once
+trainer.train()
+seen = {"index": args.process_index, "world": args.world_size, "step": trainer.state.global_step,
+        "weight": trainer.model.linear.weight[0, 0].item(),
+        "warnings": sum("torch.distributed.launch" in message for message in said)}  # fmt: skip
+with open(f"{out}-{rank}.json", "w") as file:
+    json.dump(seen, file)
+EOF
+
+for out in use_cpu plain; do
+    torchrun --standalone --nproc_per_node=2 train.py "$out"
+done
+
+python - <<'EOF'
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+for out, world, steps in (("use_cpu", 2, 8), ("plain", 1, 16)):
+    ranks = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
+    (folder,) = Path(out).glob("checkpoint-*")
+    saved = load_file(folder / "model.safetensors")["linear.weight"][0, 0].item()
+    for rank in ranks:
+        print(f"{out}: rank {rank['index']} of {rank['world']}, {rank['step']} steps for 32 examples,",
+              f"weight {rank['weight']:.4f}, {rank['warnings']} warnings; {folder.name} has {saved:.4f}")  # fmt: skip
+        assert rank["world"] == world and rank["step"] == steps and rank["warnings"] == (world == 1)
+    first, second = ranks
+    assert first["index"] == 0 and second["index"] == world - 1
+    assert (first["weight"] == second["weight"]) == (world == 2) and saved == second["weight"]
+EOF

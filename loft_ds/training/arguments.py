@@ -142,7 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     So that everything which needs no process group can be checked first. `build` makes the dataclasses.
     """
     parser = HfArgumentParser((LaunchArguments, TrainingArguments), allow_abbrev=False)
-    parser.usage = "train.py [--flag value ...]   (--help lists all flags)"
+    parser.usage = "%(prog)s [--flag value ...]   (--help lists all flags)"
     # None tells "not given" from any value that a user may give.
     parser.set_defaults(
         output_dir=None,

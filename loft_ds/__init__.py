@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .export import export_adapter
     from .hf import LoFT, LoFTMixin, LoFTTrainer, SaveOnSIGTERM
     from .optimizer import LoFTAdamW
+    from .start import start_from_gradients
     from .zero.offload import offload_states, reload_states
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "offload_states",
     "reload_states",
     "save_checkpoint",
+    "start_from_gradients",
 ]
 
 # Imported when first asked for: `python -m loft_ds.plan` needs neither the Trainer nor DeepSpeed.
@@ -39,6 +41,7 @@ _MODULES = {
     "offload_states": "zero.offload",
     "reload_states": "zero.offload",
     "save_checkpoint": "checkpoint",
+    "start_from_gradients": "start",
 }
 
 

@@ -15,7 +15,8 @@ from scipy import stats
 
 LOFT, OLD, PUBLISHED, ALTERNATE = "LoFT", "LoFT 0.1", "LoFT as published", "LoFT, alternate"
 LORA, BOUND, FULL = "LoRA", "full, adapted matrices alone", "full"
-MAIN = (LOFT, OLD, ALTERNATE, PUBLISHED, LORA, BOUND, FULL)
+START = "LoFT, gradient start"
+MAIN = (LOFT, START, OLD, ALTERNATE, PUBLISHED, LORA, BOUND, FULL)
 AGAINST = (LORA, LOFT, OLD)
 # What is shown of a study, where it was measured. The first of them is that of its first table.
 MEASURES = {
@@ -353,8 +354,8 @@ def hours(frame: pandas.DataFrame) -> float:
 
 HOW = """Every method of a study has a sweep of equally many learning rates, a factor of about three apart.
 All have the same steps, batches, warm-up (10%) and linear decay.
-Gradients are clipped at 1.0: by a method's own norm where it has one (LoFT, LoRA-RITE), else by that of the trained
-parameters' gradients.
+Gradients are clipped at 1.0: by a method's own norm where it has one (LoFT, LoRA-RITE, PSI-LoRA), else by that of the
+trained parameters' gradients.
 The rate is chosen with seed 0 on validation data, and trained with the other seeds.
 The factorisation has no validation data, and goes by the loss that it reports.
 

@@ -89,7 +89,11 @@ class LaunchArguments:
     lora_rank: int = field(default=8, metadata={"help": "The adapters' rank."})
     lora_alpha: float = field(default=16.0, metadata={"help": "PEFT's alpha. LoFT's result does not depend on it."})
     init_lora_weights: str = field(
-        default="true", metadata={"help": "How PEFT begins: true, gaussian, orthogonal, olora, pissa, pissa_niter_N."}
+        default="true",
+        metadata={
+            "help": "How adapters begin: PEFT's true, gaussian, orthogonal, olora, pissa, pissa_niter_N; or gradients, "
+            "with the directions of the first batches' gradient."
+        },
     )
     use_rslora: bool = field(default=False, metadata={"help": "PEFT's rank-stabilised scale, for --optimizer lora."})
     target_modules: list[str] | None = field(

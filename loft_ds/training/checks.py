@@ -21,7 +21,7 @@ from ..zero.config import SettingsError
 from .arguments import ADAPTER_FLAGS, FLAGS_OF, LOFT_FLAGS, LaunchArguments, Optimizer, world_size
 
 # Those of PEFT's starts that need no data and no configuration of their own.
-STARTS = re.compile(r"true|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?")
+STARTS = re.compile(r"true|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?|gradients")
 
 
 class LaunchError(SettingsError):
@@ -56,9 +56,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise LaunchError(f"--{quantised.pop()} needs bitsandbytes: pip install 'loft_ds[quantised]'")
     if not STARTS.fullmatch(args.init_lora_weights):
         raise LaunchError(
-            f"--init_lora_weights {args.init_lora_weights}: it is to be true, gaussian, orthogonal, olora, pissa or "
-            "pissa_niter_N; other starts need data or a configuration, and a script of your own"
+            f"--init_lora_weights {args.init_lora_weights}: it is to be true, gaussian, orthogonal, olora, pissa, "
+            "pissa_niter_N or gradients; other starts need data or a configuration, and a script of your own"
         )
+    if quantised and args.init_lora_weights == "gradients":
+        raise LaunchError("--init_lora_weights gradients: quantised weights have no gradient")
     if args.packing and importlib.util.find_spec("trl") is None:
         raise LaunchError("--packing needs TRL: pip install 'loft_ds[trl]'")
     for name in {args.report_to or "none"} - {"all", "none", "flyte", *get_available_reporting_integrations()}:
@@ -76,7 +78,12 @@ def find_mismatches(settings: dict[str, Any], args: argparse.Namespace) -> list[
     config = HfTrainerDeepSpeedConfig(settings)
     config.trainer_config_process(argparse.Namespace(**vars(args), world_size=world_size()))
     said = [line.removeprefix("- ds ").replace(" vs hf ", ", but the flags say ") for line in config.mismatches]
-    return [f'{contradiction}; let them agree, or write "auto" in the file' for contradiction in said]
+    wrong = [f'{contradiction}; let them agree, or write "auto" in the file' for contradiction in said]
+    if config.is_zero3() and args.init_lora_weights == "gradients":
+        wrong.append(
+            "--init_lora_weights gradients: at stage 3 no rank has a whole weight; choose another stage or start"
+        )
+    return wrong
 
 
 def check_adapters(config: PretrainedConfig, lora: LoraConfig) -> None:

@@ -6,6 +6,7 @@ Every flag of TrainingArguments works; ``arguments.py`` names the others.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 import signal
@@ -41,6 +42,7 @@ from ..errors import CheckpointError
 from ..hf import SaveOnSIGTERM
 from ..quantised import keep_gradients
 from ..ranks import first_rank
+from ..start import start_from_gradients
 from ..zero.config import SettingsError, read_deepspeed_json
 from ..zero.unsupported import find_json_refusals
 from .arguments import LaunchArguments, Optimizer, build, local_world_size, parse, rank, world_size
@@ -54,6 +56,7 @@ from .report import write_report
 
 # As a shell reports a process that SIGTERM ended: the job was stopped, is saved, and is to be started again.
 STOPPED = 128 + signal.SIGTERM
+START_BATCHES = 4
 
 
 def discover_mpi_ranks() -> None:
@@ -137,7 +140,7 @@ def train(argv: list[str] | None = None) -> None:
             target_modules=parsed.target_modules or "all-linear",
             target_parameters=parsed.target_parameters,
             modules_to_save=parsed.modules_to_save,
-            init_lora_weights=parsed.init_lora_weights == "true" or parsed.init_lora_weights,
+            init_lora_weights=parsed.init_lora_weights in ("true", "gradients") or parsed.init_lora_weights,
             use_rslora=parsed.use_rslora,
             task_type="CAUSAL_LM",
         )
@@ -183,6 +186,8 @@ def train(argv: list[str] | None = None) -> None:
             loft_kwargs={"offload_second_moment": args.offload_second_moment},
             callbacks=[watch, stop, *([CheckApart()] if parsed.packing else [])],
         )
+        if lora is not None and args.init_lora_weights == "gradients":
+            begin_from_gradients(trainer)
         if args.head_learning_rate is not None:
             trainer.loft_kwargs["params"] = head_groups(trainer, args.head_learning_rate)
         resume = training_args.resume_from_checkpoint
@@ -234,6 +239,20 @@ def load_model(
         if training_args.gradient_checkpointing:
             model.enable_input_require_grads()
     return model
+
+
+def begin_from_gradients(trainer: LoggedTrainer) -> None:
+    """Gives the adapters the directions of the first batches' gradient."""
+    device, model = trainer.args.device, trainer.model.to(trainer.args.device)
+    size = trainer.args.per_device_train_batch_size
+    rows = list(itertools.islice(trainer.train_dataset, START_BATCHES * size))
+
+    def backward() -> None:
+        for first in range(0, len(rows), size):
+            batch = trainer.data_collator(rows[first : first + size])
+            model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+
+    start_from_gradients(model, backward)
 
 
 def head_groups(trainer: LoggedTrainer, head_learning_rate: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters import find_trainable
 from .factors import Factor
+from .ranks import together
 
 LENGTH = 0.2  # docs/results/quality/classification.md
 
@@ -37,25 +38,26 @@ def start_from_gradients(model: nn.Module, backward: Callable[[], object], lengt
     pairs = find_trainable(model).pairs
     weights = [_weight_of(*pair) for pair in pairs]
     trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [weight for weight in weights if not weight.requires_grad]
     try:
-        for weight in weights:
+        for weight in frozen:
             weight.requires_grad_(True)
-        backward()
-        if all(weight.grad is None for weight in weights):
-            raise RuntimeError("no adapted weight has a gradient: backward is to call loss.backward()")
-        for (a, b), weight in zip(pairs, weights, strict=True):
-            if weight.grad is not None:
-                _place(a, b, weight.grad, length)
-            weight.grad = None
-            if dist.is_initialized():
-                for factor in (a, b):
-                    dist.broadcast(factor.param.data, 0)
+        with together():  # next come collectives
+            backward()
+            if all(weight.grad is None for weight in weights):
+                raise RuntimeError("no adapted weight has a gradient: backward is to call loss.backward()")
+            for (a, b), weight in zip(pairs, weights, strict=True):
+                if weight.grad is not None:
+                    _place(a, b, weight.grad, length)
+                weight.grad = None
     finally:
-        for weight in weights:
+        for weight in frozen:
             weight.requires_grad_(False)
-            weight.grad = None
-        for p in trained:
+        for p in (*frozen, *trained):
             p.grad = None
+    if dist.is_initialized():
+        for factor in (factor for pair in pairs for factor in pair):
+            dist.broadcast(factor.param.data, 0)
 
 
 def _weight_of(a: Factor, b: Factor) -> Tensor:

@@ -179,6 +179,28 @@ def test_ranks_start_alike(ranks):
     assert torch.equal(first, second)
 
 
+def start_where_one_fails(rank, world):
+    model = odd_model(zero_b=True)
+    with pytest.raises(RuntimeError, match="not on this rank"):
+        start_from_gradients(model, lambda: fail() if rank else loss(model).backward())
+
+
+def fail():
+    raise RuntimeError("not on this rank")
+
+
+def test_a_rank_that_fails_leaves_none_waiting(ranks):
+    ranks(2)(start_where_one_fails)
+
+
+def test_what_trains_besides_goes_on_training():
+    model, layer, gradient = new_layer()
+    weight = layer.get_base_layer().weight.requires_grad_(True)
+    start_from_gradients(model, lambda: (weight * gradient).sum().backward())
+    assert weight.requires_grad
+    assert weight.grad is None
+
+
 def test_the_main_job_starts_from_gradients(tmp_path):
     assert not dist.is_initialized()
     model, text = make_model(tmp_path / "model"), write_text(tmp_path / "text.txt")

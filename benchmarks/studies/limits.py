@@ -45,7 +45,7 @@ class TruncatedAdamW(AdamW):
         super().__init__(groups, weight_decay=0.0)
         self._accumulated, self._remainder_kept = accumulated, remainder_kept
         self._matrices = [
-            _Matrix(p, p.detach().clone(), torch.zeros_like(p), torch.randn(p.shape[1], rank))
+            _Matrix(p, p.detach().clone(), torch.zeros_like(p), torch.randn(p.shape[1], rank, dtype=p.dtype))
             for p in groups[0]["params"]
             if p.dim() == 2
         ]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from loft_ds import Blocks, LoFTAdamW
+from loft_ds.start import LENGTH
 
 from .limits import TruncatedAdamW
 from .peers import AltLoRAPlus, LoRAMuon, LoRAPro, LoRARITE, PSILoRA, ScaLoRA
@@ -187,15 +188,14 @@ LOFT_SWITCHES: dict[str, dict[str, Any]] = {
 }
 LOFT = Method(FULL, loft, adapter={}, own_clip=True)
 FROM_GRADIENTS = replace(LOFT, adapter=GRADIENT, gradient_batches=4)
-OUT: dict[str, Any] = {"start_length": 0.2}
-IN: dict[str, Any] = {"start_length": 0.2, "left_in": True}
-COLD: dict[str, Any] = {"warm_up": 0.0}
+OUT: dict[str, Any] = {"start_length": LENGTH}
+IN = OUT | {"left_in": True}
 STARTS: dict[str, dict[str, Any]] = {
     "LoFT, first directions from gradients": {},
     "LoFT, gradient start": OUT,
     "LoFT, gradient start left in": IN,
-    "LoFT, gradient start, no warm-up": OUT | COLD,
-    "LoFT, gradient start left in, no warm-up": IN | COLD,
+    "LoFT, gradient start, no warm-up": OUT | {"warm_up": 0.0},
+    "LoFT, gradient start left in, no warm-up": IN | {"warm_up": 0.0},
 }
 PLAIN_LORA = Method(LORA, adamw, adapter={})
 MATRICES = Method(FULL, adamw, matrices_only=True)

@@ -15,8 +15,8 @@ from scipy import stats
 
 LOFT, OLD, PUBLISHED, ALTERNATE = "LoFT", "LoFT 0.1", "LoFT as published", "LoFT, alternate"
 LORA, BOUND, FULL = "LoRA", "full, adapted matrices alone", "full"
-START = "LoFT, gradient start left in"
-MAIN = (LOFT, START, OLD, ALTERNATE, PUBLISHED, LORA, BOUND, FULL)
+LEFT_IN = "LoFT, gradient start left in"
+MAIN = (LOFT, LEFT_IN, OLD, ALTERNATE, PUBLISHED, LORA, BOUND, FULL)
 AGAINST = (LORA, LOFT, OLD)
 # What is shown of a study, where it was measured. The first of them is that of its first table.
 MEASURES = {

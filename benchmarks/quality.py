@@ -102,7 +102,7 @@ STUDIES = {
             ((f"{FULL[1]}, no warm-up",), (None,)),
             (ABLATIONS, (2,)),
             ((JOINT,), (64,)),
-            (RIVALS, (2,)),
+            (RIVALS, (2, 4, 1)),
             (COLD, (4,)),
             (STACKED, (1, 2, 4)),
             (tuple(name for name in CUTS if "kept" in name), (1, 2, 4)),

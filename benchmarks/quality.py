@@ -1,9 +1,9 @@
 """Does it learn better? Trainings of LoFT, LoRA and full fine-tuning on real models, at the same sweep and budget.
 
-    python benchmarks/quality.py classification --workers 2     # or factorisation, head, longer, reviews, language
-    python benchmarks/quality.py reviews --methods LoFT LoRA    # some columns
-    python benchmarks/quality.py captured                       # how much of the full gradient a rank can follow
-    python benchmarks/quality.py page                           # docs/results/quality.md and a page a study
+    python benchmarks/quality.py classification --workers 2   # or factorisation, head, longer, reviews, language, tunes
+    python benchmarks/quality.py reviews --methods LoFT LoRA  # some columns
+    python benchmarks/quality.py captured                     # how much of the full gradient a rank can follow
+    python benchmarks/quality.py page                         # docs/results/quality.md and a page a study
 
 A study's trainings are appended to ``results/quality/STUDY.jsonl``, each with its seed, versions, wall time and commit;
 started again, it does what is missing. First every method's whole sweep of learning rates with seed 0; then the other
@@ -36,7 +36,7 @@ from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
 from studies.methods import CUTS, METHODS
 from studies.page import write_quality
-from studies.tasks import Classification, Factorisation, Language, Task
+from studies.tasks import Classification, Factorisation, Language, Task, Tunes
 from studies.training import Changes, Run, best_of_rank, changes, compare, steps_after, train
 
 LOFT, PUBLISHED = "LoFT", "LoFT as published"
@@ -148,6 +148,7 @@ STUDIES = {
             (("LoFT without second-moment calibration",), (16,)),
         ),
     ),
+    "tunes": Study(Tunes(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (16,))), seeds=5),
 }
 CAPTURED = tuple((LOFT, rank) for rank in (1, 2, 4, 16, 64))
 CAPTURED_RATE = 3e-4

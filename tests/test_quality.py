@@ -15,7 +15,7 @@ import quality
 from studies.captured import shares
 from studies.limits import cut
 from studies.methods import CUTS, METHODS
-from studies.page import GONE, at_one_rate, below, chosen_of, gaps, read_study, values_of, write_quality
+from studies.page import GONE, arrivals, at_one_rate, below, chosen_of, gaps, read_study, values_of, write_quality
 from studies.peers import AltLoRAPlus, LoRAMuon, LoRAPro, LoRARITE, PSILoRA, ScaLoRA, best_scales, low_rank_sum
 from studies.tasks import Factorisation
 from studies.training import best_of_rank, changes, compare
@@ -86,6 +86,23 @@ def test_tables_of_a_study():
     assert gaps(chosen, "test_loss") == {"LoFT": {1: "30%", 2: "70%"}}
     assert below(chosen, "test_loss", "LoRA") == {"LoFT": {1: "0.150 ± 0.635", 2: "0.350 ± 0.635"}}
     assert at_one_rate(pandas.DataFrame(rows), "test_loss") == {1: "0.550 ± 0.635", 2: "0.350 ± 0.635"}
+
+
+def test_when_a_method_comes_to_full_fine_tunings_last_loss():
+    """Two seeds of four steps each: one comes there halfway between looks, one never does."""
+
+    def training(method, rank, seed, looks, last):
+        held_out = {"1": looks[0], "2": looks[1], "3": looks[2]}
+        return {"method": method, "rank": rank, "seed": seed, "steps": 4, "held_out": held_out, "test_loss": last}
+
+    rows = [training("full", 0, seed, (4.0, 3.0, 2.5), 2.0) for seed in range(2)]
+    rows += [training("LoFT", 8, 0, (3.0, 2.5, 1.5), 1.0), training("LoFT", 8, 1, (3.0, 2.5, 2.2), 2.1)]
+    rows += [training("LoRA", 8, seed, (5.0, 4.5, 4.2), 3.5) for seed in range(2)]
+    table = arrivals(pandas.DataFrame(rows), "test_loss")
+    # LoFT: 2.5 steps of 4. Full is never at 1.0, and at 2.1 after 3.8 steps; at LoRA's 3.5 it is after 1.5.
+    loft, lora = (re.sub(" +", " ", line) for line in table.splitlines()[2:])
+    assert loft == "| LoFT | r = 8 | 62%, 1 of 2 seeds | 95%, 1 of 2 seeds |"
+    assert lora == "| LoRA | r = 8 | never | 38% |"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ folded away all the rest. Links are relative, as they hold on a forge and on a s
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas
 from scipy import stats
@@ -33,6 +35,10 @@ STUDIES = {
     "language": (
         "SmolLM2-135M on Shakespeare, 40 steps",
         "Steps of 4 x 64 tokens, 10,000 in all. The test text is a work that is not trained on.",
+    ),
+    "tunes": (
+        "SmolLM2-135M on Irish tunes in ABC notation, 100 steps",
+        "Steps of 4 x 128 tokens, 51,200 in all, in bfloat16's autocast. English is far from them.",
     ),
     "longer": ("MiniLM on Reuters R8, 300 steps", "As with 100 steps, and a sweep of three learning rates."),
     "head": ("MiniLM on Reuters R8, a faster head", "As with the head at 3e-3, but at 1e-2."),
@@ -211,6 +217,43 @@ def curves(chosen: pandas.DataFrame) -> str:
     return str(table.reset_index().to_markdown(index=False, floatfmt=".3f"))
 
 
+def arrivals(chosen: pandas.DataFrame, measure: str) -> str:
+    """Which part of the tokens a method needs to come to full fine-tuning's last loss, and full fine-tuning to its own.
+
+    Seed by seed, between two looks along a straight line; the mean, and of how many seeds where others never come.
+    """
+    lines = {(r["method"], r["rank"], r["seed"]): r for r in json.loads(chosen.to_json(orient="records"))}
+    goals = {seed: line for (method, _, seed), line in lines.items() if method == FULL}
+    rows = []
+    for method, rank in dict.fromkeys((method, rank) for method, rank, _ in lines if method != FULL):
+        pairs = [(lines[method, rank, seed], goal) for seed, goal in goals.items() if (method, rank, seed) in lines]
+        there = [part_until(own, measure, goal[measure]) for own, goal in pairs]
+        back = [part_until(goal, measure, own[measure]) for own, goal in pairs]
+        case = {"method": method, "rank": rank_name(rank)}
+        rows.append(case | {"comes to full's last loss after": _mean(there), "full comes to its after": _mean(back)})
+    return table_of(rows)
+
+
+def part_until(line: dict[str, Any], measure: str, goal: float) -> float | None:
+    """The part of a training after which its loss on held-out data is first no higher than a goal; None for never."""
+    looks = sorted((int(step) / line["steps"], loss) for step, loss in line["held_out"].items())
+    looks.append((1.0, line[measure]))
+    if looks[0][1] <= goal:
+        return looks[0][0]
+    for (before, high), (after, low) in itertools.pairwise(looks):
+        if low <= goal:
+            return before + (after - before) * (high - goal) / (high - low)
+    return None
+
+
+def _mean(parts: list[float | None]) -> str:
+    come = [part for part in parts if part is not None]
+    if not come:
+        return "never"
+    mean = f"{sum(come) / len(come):.0%}"
+    return mean if len(come) == len(parts) else f"{mean}, {len(come)} of {len(parts)} seeds"
+
+
 # --- text
 
 
@@ -279,6 +322,7 @@ def study_page(name: str, data: Path) -> str:
         f"# {title}",
         f"{what} The table has the {MEASURES[measure]}: [how it is made](../quality.md).",
         by_rank(first),
+        page("Of the tokens that full fine-tuning has:", arrivals(chosen, measure)) if name == "tunes" else "",
         findings(data, name),
         f"![Sweep, and {MEASURES[measure]} over ranks](../../pictures/quality_{name}.png)",
         folded("Other methods, differences, further measures", *rest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Task(ABC):
         head_rate: its learning rate, which is no part of what is compared and the same under every method.
         score: the measure that a learning rate is chosen by, on validation data: lower is better.
         targets: the layers that get adapters, as PEFT takes them.
-        rate_scale: what every method's learning rates are multiplied by: weights that start from zero have far to go.
+        rate_scale: what every method's learning rates are multiplied by, where the weights have far to go.
         looks: parts of the training after which :meth:`held_out` is measured.
     """
 
@@ -161,12 +162,17 @@ class Language(Task):
     batch, length = 4, 64
     steps = 40
     documents = 16  # blocks in each of the evaluation texts
-    looks = (0.25, 0.5, 0.75)
+    looks: tuple[float, ...] = (0.25, 0.5, 0.75)
+    autocast = False  # forward and backward in bfloat16
+
+    def texts(self) -> tuple[str, str, str]:
+        """What is trained on, chosen by and reported: whole works are held out, the last two."""
+        works = default_texts()
+        return " ".join(works[:12]), works[-2], works[-1]
 
     @functools.cached_property
-    def _texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(default_model())
-        works = default_texts()
         news = " ".join(_reuters()[1][0][:400])
 
         def blocks(text: str) -> Tensor:
@@ -176,8 +182,9 @@ class Language(Task):
         def spread(all_blocks: Tensor) -> Tensor:
             return all_blocks[np.linspace(0, len(all_blocks) - 1, self.documents).astype(int)]
 
-        # Whole works are held out: the last two, one to choose by and one to report.
-        return blocks(" ".join(works[:12])), spread(blocks(works[-2])), spread(blocks(works[-1])), spread(blocks(news))
+        training, *held_out = map(blocks, (*self.texts(), news))
+        validation, test, other = map(spread, held_out)
+        return training, validation, test, other
 
     def model(self, seed: int) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.float32)
@@ -185,19 +192,49 @@ class Language(Task):
         return model
 
     def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
-        training = self._texts[0]
-        chosen = training[_order(len(training), seed, step, self.batch)]
-        return model(input_ids=chosen, labels=chosen).loss
+        training = self._blocks[0]
+        return self._loss(model, training[_order(len(training), seed, step, self.batch)])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         names = ("validation_loss", "test_loss", "other_text_loss")
-        return {name: self._mean_loss(model, text) for name, text in zip(names, self._texts[1:], strict=True)}
+        return {name: self._mean_loss(model, text) for name, text in zip(names, self._blocks[1:], strict=True)}
 
     def held_out(self, model: nn.Module) -> float:
-        return self._mean_loss(model, self._texts[2])
+        return self._mean_loss(model, self._blocks[2])
+
+    def _loss(self, model: nn.Module, blocks: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            loss: Tensor = model(input_ids=blocks, labels=blocks).loss
+        return loss
 
     def _mean_loss(self, model: nn.Module, text: Tensor) -> float:
-        return float(np.mean([float(model(input_ids=part, labels=part).loss) for part in text.split(self.batch)]))
+        return float(np.mean([float(self._loss(model, part)) for part in text.split(self.batch)]))
+
+
+class Tunes(Language):
+    """The same model on Irish tunes in ABC notation (O'Neill's Music of Ireland, 1903), which English is far from.
+
+    A tune is its title, metre, unit length, key and notes. Parts of the collection are held out, whole tunes each.
+    """
+
+    name = "tunes"
+    length, documents = 128, 24
+    steps = 100
+    rate_scale = 3.0
+    looks = tuple(part / 10 for part in range(1, 10))
+    autocast = True
+
+    def texts(self) -> tuple[str, str, str]:
+        folder = _folder("music21") / "corpus" / "oneills1850"
+        tunes = []
+        for file in sorted(folder.glob("*.abc")):
+            for tune in re.split(r"\n\s*\n", file.read_text(encoding="latin-1")):
+                lines = [line.strip() for line in tune.splitlines() if line.strip()]
+                kept = [line for line in lines if not re.match(r"[A-Z]:", line) or line[0] in "TMLK"]
+                if len(kept) > 4:  # notes, beside its fields
+                    tunes.append("\n".join(kept))
+        validation, test, *training = ("\n\n".join(tunes[start::10]) for start in range(10))
+        return "\n\n".join(training), validation, test
 
 
 def _order(count: int, seed: int, step: int, batch: int) -> Tensor:

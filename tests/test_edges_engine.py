@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from models import batch, odd_model, trained
@@ -235,6 +236,27 @@ def save_apart(rank: int, world: int, folder: str) -> None:
 
 def test_ranks_that_save_under_different_tags_are_stopped(ranks, tmp_path):
     ranks(2)(save_apart, str(tmp_path))
+
+
+# --- weights that another rank holds
+
+
+def gather(rank: int, world: int) -> None:
+    """The first weight takes longest to come, and gloo has several threads: the last one is there before it."""
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(2048, 1024), torch.nn.Linear(1024, 3)),
+        LoraConfig(r=2, target_modules=["0", "1"]),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = engine_of(model, 3, world)
+    for _ in range(20):
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+
+
+def test_a_weight_has_come_when_it_is_read(ranks):
+    """The oldest DeepSpeed that is admitted waits for every gather: pyproject.toml."""
+    ranks(2)(gather)
 
 
 # --- parked

@@ -105,6 +105,7 @@ STUDIES = {
             (RIVALS, (2, 4, 1)),
             (COLD, (4,)),
             (STACKED, (1, 2, 4)),
+            (("LoFT, chained",), (1, 2)),
             (tuple(name for name in CUTS if "kept" in name), (1, 2, 4)),
             (tuple(name for name in CUTS if "kept" not in name), (1,)),
             (ALPHAS, (16, 1)),

@@ -437,10 +437,7 @@ def reliability() -> str:
 
 
 LATE = "time-out, not injected"
-JOINING = (
-    "Before its first step a job joins its process group. On a CPU torch's own half an hour bounds that, not "
-    "`--ddp_timeout`."
-)
+JOINING = "Before its first step a job joins its process group. Twice `--ddp_timeout` bounds that."
 FAULTS = {
     "SIGKILL": "one rank dies",
     "SIGKILL of all ranks": "all die at once",

@@ -717,18 +717,13 @@ def draw_study(frame: pandas.DataFrame) -> Figure:
     names = [rank_name(rank) for rank in ranks if rank_name(rank) in swept]
     figure.legend([swept[name] for name in names], names, loc="outside lower left", ncols=5)
     bound = FULL if FULL in methods else BOUND
-    for place, method in enumerate(name for name in (LOFT, OLD, LORA, bound) if name in methods):
-        table = means(chosen, method, measure)
-        colour, look = SHOWN[method]
-        if 0 in table.index:
-            right.axhline(
-                table.loc[0, "mean"], color=colour, linestyle=look, label=method.replace(" matrices alone", "")
-            )
-        else:
-            x = [rank * 1.06 ** (place - 1) for rank in table.index]  # so that intervals do not lie on each other
-            right.errorbar(x, table["mean"], table["half"], fmt=look, capsize=4, color=colour, label=method)
-    spread(right, ranks)
-    right.set(xlabel="rank of the adapters", ylabel=MEASURES[measure], title="chosen rate, 95% intervals")
+    shown = [name for name in (LOFT, OLD, LORA, bound) if name in methods]
+    if len(ranks) == 1:
+        draw_way(right, chosen[chosen["method"].isin(shown)], measure)
+    else:
+        draw_over_ranks(right, {method: means(chosen, method, measure) for method in shown})
+        spread(right, ranks)
+        right.set_ylabel(MEASURES[measure])
     if measure == "loss":  # over many powers of ten
         first.set_yscale("log")
         plain(right)
@@ -736,8 +731,34 @@ def draw_study(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
+def draw_over_ranks(axes: Axes, tables: dict[str, pandas.DataFrame]) -> None:
+    """Each method's measure at its chosen rate."""
+    for place, (method, table) in enumerate(tables.items()):
+        colour, look = SHOWN[method]
+        if 0 in table.index:
+            axes.axhline(
+                table.loc[0, "mean"], color=colour, linestyle=look, label=method.replace(" matrices alone", "")
+            )
+        else:
+            x = [rank * 1.06 ** (place - 1) for rank in table.index]  # so that intervals do not lie on each other
+            axes.errorbar(x, table["mean"], table["half"], fmt=look, capsize=4, color=colour, label=method)
+    axes.set(xlabel="rank of the adapters", title="chosen rate, 95% intervals")
+
+
+def draw_way(axes: Axes, chosen: pandas.DataFrame, measure: str) -> None:
+    """Each method's loss on the way to its last, means over seeds; as fine a line, where full fine-tuning ends."""
+    for method, cell in chosen.groupby("method", sort=False):
+        colour, look = SHOWN[str(method)]
+        looks = pandas.json_normalize(cell["held_out"].tolist()).rename(columns=int).mean()
+        looks[cell["steps"].iloc[0]] = cell[measure].mean()
+        axes.plot(looks.index, looks, look, color=colour, label=method)
+        if method == FULL:
+            axes.axhline(looks.iloc[-1], color=colour, linewidth=0.8)
+    axes.set(xlabel="steps", ylabel=MEASURES[measure], title="chosen rate, mean of the seeds")
+
+
 SHOWN = {LOFT: (BLUE, "o-"), OLD: (SKY, "s--"), LORA: (RED, "^-"), FULL: (BLACK, "--"), BOUND: (GREY, "--")}
-STUDIES_DRAWN = ("classification", "language", "longer", "head", "reviews", "factorisation")
+STUDIES_DRAWN = ("classification", "language", "tunes", "longer", "head", "reviews", "factorisation")
 PICTURES: dict[str, tuple[Callable[[], Any], Callable[[Any], Figure]]] = {
     "hero": (load_hero, draw_hero),
     "spans": (load_spans, draw_spans),

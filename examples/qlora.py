@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from loft_ds import LoFTTrainer
-from loft_ds.quantised import keep_gradients
 
 parser = HfArgumentParser(TrainingArguments)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -28,7 +27,6 @@ data = [tokenizer(f"{a} times {b} is {a * b}.") for a in range(2, 13) for b in r
 
 four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 model = AutoModelForCausalLM.from_pretrained(script.model, quantization_config=four_bits)
-keep_gradients(model)  # an evaluation on a CPU would else pack the weights for inference
 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 trainer = LoFTTrainer(

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .adapters import lost_starts, uncompiled
 from .checkpoint import attached
@@ -39,8 +40,8 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
 
     Raises:
         ValueError: ``merge`` of what does not belong to the weights on disk: an adapter whose start changed the frozen
-            weights for good, one on a quantised base or on tied weights, one that is not called ``default``. A model of
-            which PEFT saves nothing.
+            weights for good, one on a quantised base or on tied weights, one that is not called ``default``, one on a
+            model that is not transformers'. A model of which PEFT saves nothing.
     """
     optimizer, _, engine = attached(target)
     with uncompiled(optimizer.model if engine is None else engine.module) as plain:
@@ -52,7 +53,7 @@ def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *
             if first_rank():
                 model.save_pretrained(str(directory), state_dict=state)
                 if merge:
-                    _merge(Path(directory))
+                    _merge(Path(directory), model)
 
 
 def _not_on_disk(model: PeftModel) -> str | None:
@@ -73,23 +74,35 @@ def _not_on_disk(model: PeftModel) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and any(holders[id(p)] > 1 for p in module.get_base_layer().parameters()):
             return f"the weight of {name} is another layer's too, which would move with it. Use the adapter unmerged."
+    if not isinstance(model.get_base_model(), PreTrainedModel):
+        return (
+            f"{type(model.get_base_model()).__name__} is no model that transformers loads. Merge the adapter yourself."
+        )
     if model.active_adapters != ["default"]:
         return f"of the adapters only 'default' would be, while active are {model.active_adapters}."
     return None
 
 
-def _merge(directory: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
+def _merge(directory: Path, trained: PeftModel) -> None:
+    """Merge the adapter in a folder into the model on disk, loaded as one of the trained model's class."""
     from transformers.integrations import deepspeed as integration
+
+    base, adapter = cast(PreTrainedModel, trained.get_base_model()), trained.peft_config["default"]
 
     # Under stage 3 transformers would shard the model it loads over all ranks.
     config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
-        model = AutoPeftModelForCausalLM.from_pretrained(directory)
+        on_disk = type(base).from_pretrained(
+            adapter.base_model_name_or_path, revision=adapter.revision, num_labels=base.config.num_labels
+        )
     finally:
         integration._hf_deepspeed_config_weak_ref = config
-    model.merge_and_unload().save_pretrained(directory / "merged")
+    tokens = base.config.get_text_config().vocab_size
+    if tokens != on_disk.config.get_text_config().vocab_size:
+        on_disk.resize_token_embeddings(tokens)
+    merged = PeftModel.from_pretrained(on_disk, directory).merge_and_unload()
+    merged.save_pretrained(directory / "merged")
 
 
 def adapter_state_dict(model: PeftModel, engine: DeepSpeedEngine | None) -> dict[str, Tensor]:

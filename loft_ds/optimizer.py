@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import algebra, kernels
 from .adapters import find_trainable, lost_starts
 from .blocks import JOINT_RANK, Blocks
-from .quantised import check_unpacked, four_bit_layers
+from .quantised import check_unpacked, four_bit_layers, keep_gradients
 from .runtime import Runtime
 from .sharding import Layout
 from .state_dict import Snapshot, build, own, pack, unpack
@@ -114,6 +114,7 @@ class LoFTAdamW(Optimizer):
         self.trainable = find_trainable(model)
         kernels.prepare()
         self._four_bit_layers = four_bit_layers(model)
+        keep_gradients(model)
         self.max_grad_norm = max_grad_norm
         self.second_moment_dtype = second_moment_dtype
         self.denominator_precision = denominator_precision

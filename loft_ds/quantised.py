@@ -31,11 +31,17 @@ def wrapped_weights(model: nn.Module) -> str:
 
 def four_bit_layers(model: nn.Module) -> list[Any]:
     """The layers of bitsandbytes that may pack their weights for inference: see :func:`check_unpacked`."""
-    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing a model's weights for inference: see :func:`check_unpacked`."""
+    """Keep bitsandbytes from packing a model's weights for inference: see :func:`check_unpacked`.
+
+    :class:`loft_ds.LoFTAdamW` does it for its model. An evaluation before that needs it called first.
+
+    Args:
+        model: any model; layers of others stay as they are.
+    """
     for layer in four_bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
@@ -52,6 +58,6 @@ def check_unpacked(layers: Sequence[Any]) -> None:
     if any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers):
         raise RuntimeError(
             "bitsandbytes has packed the frozen weights for inference, in an evaluation on this CPU, and no gradient "
-            "passes through them any more. Load the model anew, and call loft_ds.quantised.keep_gradients(model) "
-            "before the first evaluation."
+            "passes through them any more. Load the model anew, and before the first evaluation build the optimizer or "
+            "call loft_ds.quantised.keep_gradients(model)."
         )

@@ -149,14 +149,17 @@ def bytes_of_base(rank: int, world: int, folder: str, kind: str, stage: int) -> 
 
 
 def evaluate_first(rank: int, world: int, folder: str, careful: bool) -> str:
-    """What a step says after an evaluation that lets bitsandbytes pack its weights, and after one that does not."""
+    """What a step says after an evaluation before the optimizer is built, where bitsandbytes packs its weights."""
     model = load(folder, "nf4")
     if careful:
         keep_gradients(model)
-    optimizer = LoFTAdamW(model)
     model.eval()
     with torch.no_grad():
         model(input_ids=ids(0))
+    model.train()
+    optimizer = LoFTAdamW(model)
+    with torch.no_grad():
+        model.eval()(input_ids=ids(0))  # from now on it packs nothing
     model.train()
     model(input_ids=ids(0), labels=ids(0)).loss.backward()
     try:

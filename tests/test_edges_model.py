@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from models import batch
+from models import batch, trained
 from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import loft_ds
 from loft_ds import LoFTAdamW, export_adapter
@@ -29,6 +29,14 @@ def adapted(model=None, **changes):
     torch.manual_seed(1)
     settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", **changes}
     return get_peft_model(model, LoraConfig(**settings))
+
+
+@torch.no_grad()
+def drawn(model):
+    """With numbers in all that trains, as after a training."""
+    for p in trained(model).values():
+        p.copy_(torch.randn_like(p) * 0.1)
+    return model
 
 
 def ids(seed=0):
@@ -221,6 +229,34 @@ def test_merging_into_tied_weights_is_refused(tmp_path, targets):
     llama(**TIED).save_pretrained(tmp_path / "base")
     model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), target_modules=targets)
     with pytest.raises(ValueError, match=rf"{targets[1]} is another layer's too"):
+        export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
+
+
+def test_a_merged_classifier_is_a_classifier(tmp_path):
+    """With its number of labels and the head that was trained."""
+    kind = AutoModelForSequenceClassification
+    config = llama().config
+    config.update({"num_labels": 3, "pad_token_id": 0})
+    kind.from_config(config).save_pretrained(tmp_path / "base")
+    model = drawn(adapted(kind.from_pretrained(tmp_path / "base", num_labels=3), task_type="SEQ_CLS"))
+    export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
+    assert off(model, kind.from_pretrained(tmp_path / "out" / "merged")) < 1e-5
+
+
+def test_a_merged_model_has_the_tokens_that_were_added(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 5)
+    model = drawn(adapted(base, modules_to_save=["embed_tokens", "lm_head"]))
+    export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.lm_head.out_features == base.config.vocab_size
+    assert off(model, merged) < 1e-5
+
+
+def test_merging_a_model_that_transformers_does_not_load_is_refused(tmp_path):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="Sequential is no model that transformers loads"):
         export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
 
 

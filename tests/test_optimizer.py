@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from loft_ds import Blocks, LoFTAdamW, algebra, kernels
-from loft_ds.quantised import keep_gradients
 from loft_ds.step import EXACT_STEPS
 
 
@@ -469,6 +468,31 @@ def test_inherited_precision_stays_inherited():
             torch.backends.fp32_precision = before
 
 
+def test_dropout_of_the_adapters_input():
+    """LoFT with a mask is LoFT on inputs that were masked before they came."""
+    layers = [nn.Linear(6, 5, bias=False) for _ in range(2)]
+    nn.init.zeros_(layers[0].weight)  # so that the frozen weight does not see which of them was masked
+    layers[1].load_state_dict(layers[0].state_dict())
+    config = {"r": 2, "target_modules": ["0"]}
+    models = [
+        get_peft_model(nn.Sequential(layer), LoraConfig(lora_dropout=p, **config))
+        for layer, p in zip(layers, (0.5, 0.0), strict=True)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [LoFTAdamW(model, lr=1e-2) for model in models]
+    for step in range(4):
+        x, y = torch.randn(8, 6), torch.randn(8, 5)
+        torch.manual_seed(step)
+        masked = nn.functional.dropout(x, 0.5)
+        for model, optimizer, seen in zip(models, optimizers, (x, masked), strict=True):
+            torch.manual_seed(step)
+            (model(seen) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    wanted = dict(models[1].named_parameters())
+    assert all(torch.equal(p, wanted[name]) for name, p in models[0].named_parameters())
+
+
 class Linear4bit(nn.Linear):
     """Stands for bitsandbytes' on a CPU with bfloat16 arithmetic, as far as its packing shows."""
 
@@ -481,10 +505,11 @@ class Linear4bit(nn.Linear):
 
 def test_weights_packed_for_inference_are_refused():
     model = get_peft_model(nn.Sequential(Linear4bit(5, 4)), LoraConfig(r=2, target_modules=["0"]))
-    optimizer, base = LoFTAdamW(model), model.base_model.model[0].get_base_layer()
-    base.weight.quant_state.packing_format_for_cpu = True  # as an evaluation does
-    model(torch.ones(1, 5)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"call loft_ds\.quantised\.keep_gradients\(model\)"):
-        optimizer.step()
-    keep_gradients(model)
+    base = model.base_model.model[0].get_base_layer()
+    optimizer = LoFTAdamW(model)
     assert not base.support_avx512bf16_for_cpu
+    base.weight.quant_state.packing_format_for_cpu = True  # as an evaluation before that has done
+    model(torch.ones(1, 5)).sum().backward()
+    for each in (optimizer, LoFTAdamW(model)):
+        with pytest.raises(RuntimeError, match=r"call loft_ds\.quantised\.keep_gradients\(model\)"):
+            each.step()

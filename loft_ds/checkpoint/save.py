@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, tag: str | None = None) -> Path:
-    """Save all that training goes on from: master weights, moments, counters, scheduler, loss scale.
+    """Save what training goes on from: master weights, moments, counters, and the engine's scheduler and loss scale.
 
-    A collective: every rank calls it.
+    A collective: every rank calls it. Any other scheduler, random states and the place in the data are the caller's.
 
     Args:
         target: the engine, or without DeepSpeed the optimizer.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def default_model() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
-            print(f"Dequantising SmolLM2-135M-Instruct into {target} (once, about half a minute)", flush=True)
+            print(f"Dequantising SmolLM2-135M-Instruct into {target} (once, about half a minute)", file=sys.stderr)
             beside = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
             try:
                 _dequantise(package, "SmolLM2-135M-Instruct.Q4_1.gguf", beside)

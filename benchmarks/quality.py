@@ -149,7 +149,7 @@ STUDIES = {
             (("LoFT without second-moment calibration",), (16,)),
         ),
     ),
-    "tunes": Study(Tunes(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (16,))), seeds=5),
+    "tunes": Study(Tunes(), ((FULL[:1], (None,)), ((LOFT, "LoRA"), (16,)), (FULL[1:], (None,))), seeds=5),
 }
 CAPTURED = tuple((LOFT, rank) for rank in (1, 2, 4, 16, 64))
 CAPTURED_RATE = 3e-4

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .optimizer import LoFTAdamW
 
 
+# What a new head needs of the trained model's config: the one on disk may be a language model's.
+HEAD = ("id2label", "label2id", "pad_token_id")
+
+
 def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *, merge: bool = False) -> None:
     """Write the adapter in PEFT's format, from any ZeRO stage, also in the middle of training.
 
@@ -93,9 +97,8 @@ def _merge(directory: Path, trained: PeftModel) -> None:
     config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
-        on_disk = type(base).from_pretrained(
-            adapter.base_model_name_or_path, revision=adapter.revision, num_labels=base.config.num_labels
-        )
+        of_head = {key: getattr(base.config, key) for key in HEAD if hasattr(base.config, key)}
+        on_disk = type(base).from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **of_head)
     finally:
         integration._hf_deepspeed_config_weak_ref = config
     tokens = base.config.get_text_config().vocab_size

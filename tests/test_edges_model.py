@@ -233,12 +233,11 @@ def test_merging_into_tied_weights_is_refused(tmp_path, targets):
 
 
 def test_a_merged_classifier_is_a_classifier(tmp_path):
-    """With its number of labels and the head that was trained."""
+    """With its labels and the head that was trained, on a base that is a language model."""
     kind = AutoModelForSequenceClassification
-    config = llama().config
-    config.update({"num_labels": 3, "pad_token_id": 0})
-    kind.from_config(config).save_pretrained(tmp_path / "base")
-    model = drawn(adapted(kind.from_pretrained(tmp_path / "base", num_labels=3), task_type="SEQ_CLS"))
+    llama().save_pretrained(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0)
+    model = drawn(adapted(base, task_type="SEQ_CLS"))
     export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
     assert off(model, kind.from_pretrained(tmp_path / "out" / "merged")) < 1e-5
 

@@ -102,7 +102,7 @@ STUDIES = {
             ((f"{FULL[1]}, no warm-up",), (None,)),
             (ABLATIONS, (2,)),
             ((JOINT,), (64,)),
-            (RIVALS, (2, 4, 1)),
+            (RIVALS, (2, 4, 1, 16)),
             (COLD, (4,)),
             (STACKED, (1, 2, 4)),
             (("LoFT, chained",), (1, 2)),

@@ -19,7 +19,18 @@ from typing import Any
 import pandas
 
 from provenance import RESULTS, ROOT
-from studies.page import LOFT, folded, page, read_study, release_of, shown, table_of, versions_of, write_quality
+from studies.page import (
+    LOFT,
+    findings,
+    folded,
+    page,
+    read_study,
+    release_of,
+    shown,
+    table_of,
+    versions_of,
+    write_quality,
+)
 
 ALTERNATING = "LoFT alternating"
 PAGES_FOLDER = ROOT / "docs" / "results"
@@ -149,6 +160,7 @@ def step_time() -> str:
         "The floor is what the machine needs for a step's arithmetic or bytes. Rates are those of large products and\n"
         "copies in the same run. `LoFT` moves both factors up to r = 16, and one of them above.",
         "![Step time over the rank](../pictures/step_time.png)",
+        findings(RESULTS, "step_time"),
         folded("Every layer that was measured", "Milliseconds.\n\n" + table_of(cells)),
         folded("Extra memory", "MiB besides the state.\n\n" + table_of(memory)),
         source_of("step_time", **{"authors' commit": found["environment"]["official_commit"]}),
@@ -437,7 +449,7 @@ def reliability() -> str:
 
 
 LATE = "time-out, not injected"
-JOINING = "Before its first step a job joins its process group. Twice `--ddp_timeout` bounds that."
+JOINING = "Before its first step a job joins its process group. These ran before twice `--ddp_timeout` bounded that."
 FAULTS = {
     "SIGKILL": "one rank dies",
     "SIGKILL of all ranks": "all die at once",

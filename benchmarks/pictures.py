@@ -718,7 +718,7 @@ def draw_study(frame: pandas.DataFrame) -> Figure:
     figure.legend([swept[name] for name in names], names, loc="outside lower left", ncols=5)
     bound = FULL if FULL in methods else BOUND
     shown = [name for name in (LOFT, OLD, LORA, bound) if name in methods]
-    if len(ranks) == 1:
+    if len(ranks) == 1 and "held_out" in frame:
         draw_way(right, chosen[chosen["method"].isin(shown)], measure)
     else:
         draw_over_ranks(right, {method: means(chosen, method, measure) for method in shown})

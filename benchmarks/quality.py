@@ -35,7 +35,7 @@ from loft_ds.zero.config import SettingsError
 from provenance import RESULTS, ROOT, provenance
 from studies.captured import captured
 from studies.methods import CUTS, METHODS
-from studies.page import write_quality
+from studies.page import RIVALS, write_quality
 from studies.tasks import Classification, Factorisation, Language, Task, Tunes
 from studies.training import Changes, Run, best_of_rank, changes, compare, steps_after, train
 
@@ -52,7 +52,6 @@ ABLATIONS = tuple(name for name in METHODS if name.startswith(("LoFT without", "
 ALPHAS = ("LoRA, alpha = r", "LoRA, alpha = 4 r")
 LORAS = ("LoRA", *ALPHAS, "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+", "LoRA-FA", "Riemannian")
 PEERS = ("LoRA-Pro", "LoRA-RITE", "AltLoRA+")
-RIVALS = ("LoRA-Muon", "PSI-LoRA", "ScaLoRA")  # of 2026
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,6 @@ STUDIES = {
             (RIVALS[:2], (16,)),
             (COLD, (4,)),
             (STACKED, (1, 2, 4)),
-            (("LoFT, chained",), (1, 2)),
             (tuple(name for name in CUTS if "kept" in name), (1, 2, 4)),
             (tuple(name for name in CUTS if "kept" not in name), (1,)),
             (ALPHAS, (16, 1)),

@@ -25,7 +25,7 @@ from studies.page import FULL, LOFT, LORA, MEASURES, OLD, chosen_of, read_study,
 TASKS = {
     "classification": "MiniLM on Reuters R8",
     "language": "SmolLM2-135M on Shakespeare",
-    "reviews": "MiniLM on film reviews",
+    "tunes": "SmolLM2-135M on Irish tunes",
 }
 RANKS = (1, 2, 16)
 MODELS, ADAPTERS, GPU, WIRE = ("Mistral-7B", "Llama-3-70B"), (16, 64), "H100", "ndr400"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # What a new head needs of the trained model's config: the one on disk may be a language model's.
-HEAD = ("id2label", "label2id", "pad_token_id")
+HEAD = ("id2label", "label2id", "problem_type")
 
 
 def export_adapter(target: DeepSpeedEngine | LoFTAdamW, directory: str | Path, *, merge: bool = False) -> None:
@@ -93,18 +93,21 @@ def _merge(directory: Path, trained: PeftModel) -> None:
 
     base, adapter = cast(PreTrainedModel, trained.get_base_model()), trained.peft_config["default"]
 
-    # Under stage 3 transformers would shard the model it loads over all ranks.
+    # Under stage 3 transformers and PEFT would shard what they load over all ranks.
     config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         of_head = {key: getattr(base.config, key) for key in HEAD if hasattr(base.config, key)}
         on_disk = type(base).from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **of_head)
+        now, then = (model.config.get_text_config() for model in (base, on_disk))
+        tokens = getattr(now, "vocab_size", None)
+        if tokens != getattr(then, "vocab_size", None):
+            on_disk.resize_token_embeddings(tokens)
+        if hasattr(now, "pad_token_id"):
+            then.pad_token_id = now.pad_token_id  # may be one of the tokens that were added
+        merged = PeftModel.from_pretrained(on_disk, directory).merge_and_unload()
     finally:
         integration._hf_deepspeed_config_weak_ref = config
-    tokens = base.config.get_text_config().vocab_size
-    if tokens != on_disk.config.get_text_config().vocab_size:
-        on_disk.resize_token_embeddings(tokens)
-    merged = PeftModel.from_pretrained(on_disk, directory).merge_and_unload()
     merged.save_pretrained(directory / "merged")
 
 

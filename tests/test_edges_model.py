@@ -9,7 +9,15 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import loft_ds
 from loft_ds import LoFTAdamW, export_adapter
@@ -236,20 +244,35 @@ def test_a_merged_classifier_is_a_classifier(tmp_path):
     """With its labels and the head that was trained, on a base that is a language model."""
     kind = AutoModelForSequenceClassification
     llama().save_pretrained(tmp_path / "base")
-    base = kind.from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0)
-    model = drawn(adapted(base, task_type="SEQ_CLS"))
+    asked = {"num_labels": 3, "pad_token_id": 0, "problem_type": "multi_label_classification"}
+    model = drawn(adapted(kind.from_pretrained(tmp_path / "base", **asked), task_type="SEQ_CLS"))
     export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
-    assert off(model, kind.from_pretrained(tmp_path / "out" / "merged")) < 1e-5
+    merged = kind.from_pretrained(tmp_path / "out" / "merged")
+    assert off(model, merged) < 1e-5
+    assert {key: getattr(merged.config, key) for key in asked} == asked
+
+
+def test_a_merged_model_of_pictures_has_no_tokens(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    model = drawn(get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])))
+    export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "out" / "merged")
+    pixels = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(model.eval()(pixels).logits, merged.eval()(pixels).logits, atol=1e-5)  # see off()
 
 
 def test_a_merged_model_has_the_tokens_that_were_added(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.config.pad_token_id = base.config.vocab_size  # the first of them
     base.resize_token_embeddings(base.config.vocab_size + 5)
     model = drawn(adapted(base, modules_to_save=["embed_tokens", "lm_head"]))
     export_adapter(LoFTAdamW(model), tmp_path / "out", merge=True)
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     assert merged.lm_head.out_features == base.config.vocab_size
+    assert merged.config.pad_token_id == base.config.pad_token_id
     assert off(model, merged) < 1e-5
 
 

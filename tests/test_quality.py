@@ -105,9 +105,7 @@ def test_when_a_method_comes_to_full_fine_tunings_last_loss():
     assert lora == "| LoRA | r = 8 | never | 38% |"
 
 
-@pytest.mark.parametrize(
-    "file", sorted((quality.RESULTS / "quality").glob("*.findings.md")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted(quality.RESULTS.rglob("*.findings.md")), ids=lambda file: file.name)
 def test_findings_are_of_short_sentences(file):
     text = "\n".join(line for line in file.read_text().splitlines() if not line.startswith("|"))
     for part in re.split(r"\n\n|\n- |\n#+ ", text):

@@ -17,7 +17,6 @@ from torch.optim import AdamW, Optimizer
 from loft_ds import Blocks, LoFTAdamW
 from loft_ds.start import LENGTH
 
-from .chains import ChainedLoFT
 from .limits import TruncatedAdamW
 from .peers import AltLoRAPlus, LoRAMuon, LoRAPro, LoRARITE, PSILoRA, ScaLoRA
 from .tasks import Task
@@ -138,11 +137,6 @@ def loft(model: nn.Module, head: Group, lr: float, rank: int, **switches: Any) -
     return [LoFTAdamW(model, params=_groups(model, head, lr), **{"max_grad_norm": CLIP, **switches})]
 
 
-def chained(model: nn.Module, head: Group, lr: float, rank: int) -> list[Optimizer]:
-    """LoFT's pairs in turn, four in the 100 steps of a training."""
-    return [ChainedLoFT(model, 25, params=_groups(model, head, lr), max_grad_norm=CLIP)]
-
-
 def truncated(accumulated: bool, remainder_kept: bool) -> Callable[..., list[Optimizer]]:
     """AdamW whose steps or change are cut to the rank."""
     return lambda model, head, lr, rank: [TruncatedAdamW(_groups(model, head, lr), rank, accumulated, remainder_kept)]
@@ -246,7 +240,6 @@ METHODS: dict[str, Method] = {
     "PSI-LoRA": Method(K_FAC, of_adapters(lambda model, lr, rank: PSILoRA(model, lr, CLIP)), adapter={}, own_clip=True),
     "ScaLoRA": Method(LORA, of_adapters(lambda model, lr, rank: ScaLoRA(model, lr)), adapter={}),
     **{name: replace(LOFT, switches=switches) for name, switches in LOFT_SWITCHES.items()},
-    "LoFT, chained": replace(LOFT, build=chained),
     "LoFT, no warm-up": replace(LOFT, warm_up=0.0),
     "LoFT, warm-up of 30%": replace(LOFT, warm_up=0.3),
     **{name: replace(FROM_GRADIENTS, **changes) for name, changes in STARTS.items()},

@@ -18,7 +18,8 @@ from scipy import stats
 LOFT, OLD, PUBLISHED, ALTERNATE = "LoFT", "LoFT 0.1", "LoFT as published", "LoFT, alternate"
 LORA, BOUND, FULL = "LoRA", "full, adapted matrices alone", "full"
 LEFT_IN = "LoFT, gradient start left in"
-MAIN = (LOFT, LEFT_IN, OLD, ALTERNATE, PUBLISHED, LORA, BOUND, FULL)
+RIVALS = ("LoRA-Muon", "PSI-LoRA", "ScaLoRA")  # of 2026
+MAIN = (LOFT, LEFT_IN, OLD, ALTERNATE, PUBLISHED, *RIVALS, LORA, BOUND, FULL)
 AGAINST = (LORA, LOFT, OLD)
 # What is shown of a study, where it was measured. The first of them is that of its first table.
 MEASURES = {
@@ -61,7 +62,7 @@ ONE_RATE_NAME = "LoFT, 3e-4 at every rank"
 # The step of release 0.2, which is never longer than AdamW's: commit f50ec35. What was measured before is of 0.1.
 SECOND_RELEASE = "2026-11-29 01:41"
 # Methods whose records stay and whose code does not, by what their names contain; and the last commit that has it.
-GONE = {OLD: "9fee522", "steps clipped": "9fee522"}
+GONE = {OLD: "9fee522", "steps clipped": "9fee522", "chained": "9bee310"}
 
 
 # --- what the data say
@@ -322,7 +323,7 @@ def study_page(name: str, data: Path) -> str:
         f"# {title}",
         f"{what} The table has the {MEASURES[measure]}: [how it is made](../quality.md).",
         by_rank(first),
-        page("Of the tokens that full fine-tuning has:", arrivals(chosen, measure)) if name == "tunes" else "",
+        f"Of the tokens that full fine-tuning has:\n\n{arrivals(chosen, measure)}" if name == "tunes" else "",
         findings(data, name),
         f"![Sweep, and {MEASURES[measure]} over ranks](../../pictures/quality_{name}.png)",
         folded("Other methods, differences, further measures", *rest),

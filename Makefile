@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PROCESSES := import torch; print("" if torch.accelerator.is_available() else "--num_accelerators $(RANKS)")
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup train test rehearse study-quick lint types docs oldest newest meet release clean
+.PHONY: setup train test rehearse study-quick lint types docs oldest oldest-torch newest meet release clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,11 @@ MOVING := accelerate|deepspeed|peft|transformers
 
 oldest:
 	$(MAKE) meet RELEASES=$@ PINS=constraints-oldest.txt
+
+# Not in CI: on many indexes the wheel of that torch is of several GB.
+oldest-torch:
+	sed 's/^torch==.*/torch==2.9.0/' constraints-oldest.txt >$(VENV)-oldest-torch.txt
+	$(MAKE) meet RELEASES=$@ PINS=$(VENV)-oldest-torch.txt
 
 newest:
 	grep -vE '^($(MOVING))==' constraints.txt >$(VENV)-newest.txt

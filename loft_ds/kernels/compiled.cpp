@@ -368,7 +368,11 @@ void accumulate_second_moment_(at::TensorList packed, const at::Tensor& gradient
 
 }  // namespace
 
-TORCH_LIBRARY(LIBRARY, library) {
+// The name is expanded on the way: torch 2.9's own macro takes it as it is written.
+#define DEFINE(name, library) TORCH_LIBRARY(name, library)
+#define IMPLEMENT(name, device, library) TORCH_LIBRARY_IMPL(name, device, library)
+
+DEFINE(LIBRARY, library) {
   library.def(
       "projected_update(Tensor momentum, Tensor[] packed, Tensor keys, Tensor values, float eps, float bound, bool "
       "halves) -> Tensor");
@@ -377,7 +381,7 @@ TORCH_LIBRARY(LIBRARY, library) {
       "float gradient_weight, float pending_weight, int seed) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, library) {
+IMPLEMENT(LIBRARY, CPU, library) {
   library.impl("projected_update", &projected_update);
   library.impl("accumulate_second_moment_", &accumulate_second_moment_);
 }
